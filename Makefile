@@ -1,0 +1,44 @@
+# Two commands are enough: `make reproduce` and `make test`. Each sets itself up on a fresh machine (Python >= 3.11 and make).
+# Without make (Windows): python -m venv .venv, activate it, pip install -c constraints.txt -e ".[make,captions,notebooks,dev]", then python -m memkit reproduce.
+
+PYTHON ?= python3
+VENV   ?= .venv
+PROFILE ?= smoke
+BIN    := $(VENV)/bin
+PIP_ARGS := -c constraints.txt -e .[make,captions,notebooks,dev]
+READY  := $(VENV)/.ready
+
+.PHONY: help setup reproduce test lab export readme bench clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "memkit needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+	@touch $(READY)
+
+setup: $(READY) ## create the environment in .venv (skipped when up to date)
+
+reproduce: $(READY) ## run the paper notebooks: tables and figures under figures/$(PROFILE)/
+	$(BIN)/python -m memkit reproduce --profile $(PROFILE)
+
+test: $(READY) ## run every notebook and pytest
+	$(BIN)/python -m memkit test
+
+lab: $(READY) ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab nbs/index.ipynb
+
+export: $(READY) ## notebooks -> memkit/, cleaned
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-clean
+
+readme: $(READY) ## nbs/index.ipynb -> README.md
+	$(BIN)/jupyter nbconvert --to markdown nbs/index.ipynb --output-dir . --output README --NbConvertApp.output_files_dir=figures/readme --log-level ERROR
+
+bench: $(READY) ## measure; results are appended to benchmarks/results.jsonl
+	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+clean: ## remove the environment
+	rm -rf $(VENV)
