@@ -158,7 +158,7 @@ def sample_adaptive(
         grid.follow(field, batch)
     return grid
 
-# %% ../nbs/12_sdf.ipynb #4ff9e011
+# %% ../nbs/12_sdf.ipynb #6ee6b8c7
 def mesh_of(
     grid:Grid, # with both signs
 )->tuple[np.ndarray, np.ndarray]: # V (v,3) float64, F (f,3) int64, outward faces
@@ -166,7 +166,7 @@ def mesh_of(
     cells = np.argwhere(mixed_signs(grid))
     lo, hi = cells.min(0), cells.max(0) + 2
     values = np.nan_to_num(grid.values[tuple(map(slice, lo, hi))], posinf=1e3, neginf=-1e3)
-    V, F, _, _ = marching_cubes(values, 0., gradient_direction='ascent')
+    V, F, _, _ = marching_cubes(values, 0., gradient_direction='descent')
     return (V.astype(np.float64) + lo)*grid.h - grid.bound, F.astype(np.int64)
 
 # %% ../nbs/12_sdf.ipynb #5e75c56b
