@@ -9,7 +9,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'memkit.contour._ring_codes': ('contour.html#_ring_codes', 'memkit/contour.py'),
                                 'memkit.contour._start': ('contour.html#_start', 'memkit/contour.py'),
                                 'memkit.contour._step': ('contour.html#_step', 'memkit/contour.py'),
-                                'memkit.contour.box_centre': ('contour.html#box_centre', 'memkit/contour.py'),
                                 'memkit.contour.contour': ('contour.html#contour', 'memkit/contour.py'),
                                 'memkit.contour.contour_fourier': ('contour.html#contour_fourier', 'memkit/contour.py'),
                                 'memkit.contour.grow': ('contour.html#grow', 'memkit/contour.py'),
