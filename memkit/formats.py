@@ -63,7 +63,7 @@ def _fan(sides, corners):
     step = np.arange(total) - np.repeat(np.cumsum(triangles) - triangles, triangles)
     return np.stack([corners[start], corners[start + step + 1], corners[start + step + 2]], 1)
 
-# %% ../nbs/09_formats.ipynb #aed0bd14
+# %% ../nbs/09_formats.ipynb #52dde1fd
 def read_obj(
     data:bytes,  # content of the file
     folder=None, # not used: an OBJ file needs no other file
@@ -74,30 +74,32 @@ def read_obj(
     points, corners, sides = array('d'), array('q'), array('q')
     for row in _rows(data):
         if row[0] == b'f':
-            index, n = [int(c.partition(b'/')[0]) for c in row[1:]], len(points)//3
-            _need(len(index) >= 3 and 0 not in index, 'face line', row)
-            corners.extend([i - 1 if i > 0 else n + i for i in index])
+            index = [int(c.partition(b'/')[0]) for c in row[1:]]
+            if len(index) < 3 or min(index) <= 0:
+                _need(len(index) >= 3 and 0 not in index, 'unreadable face line', row)
+                index = [i if i > 0 else i + 1 + len(points)//3 for i in index]
+            corners.extend(index)
             sides.append(len(index))
-            _need(len(corners) <= 3*MAX_ELEMENTS, 'too many face corners')
         elif row[0] == b'v':
-            _need(len(row) >= 4, 'vertex line', row)
+            if len(row) < 4: _need(False, 'unreadable vertex line', row)
             points.extend(map(float, row[1:4]))
-            _need(len(points) <= 3*MAX_ELEMENTS, 'too many vertices')
-        else: _need(row[0] in _OBJ_WORDS, 'unknown line', row)
-    return np.array(points).reshape(-1, 3), _fan(sides, corners)
+        elif row[0] not in _OBJ_WORDS: _need(False, 'unknown line', row)
+        if len(corners) > 3*MAX_ELEMENTS or len(points) > 3*MAX_ELEMENTS: _need(False, 'too many vertices or faces')
+    return np.array(points).reshape(-1, 3), _fan(sides, corners) - 1
 
-# %% ../nbs/09_formats.ipynb #702fa86a
+# %% ../nbs/09_formats.ipynb #4103e48f
 def _points(rows, n, at=(0, 1, 2)):
     "The next `n` rows as positions, (n, 3) float64; `at` are the columns of x, y, z."
+    last = max(at)
     def numbers():
         for row in itertools.islice(rows, n):
-            _need(len(row) > max(at), 'too few numbers in vertex line', row)
+            if len(row) <= last: _need(False, 'too few numbers in vertex line', row)
             for i in at: yield float(row[i])
     got = np.fromiter(numbers(), np.float64).reshape(-1, 3)
     _need(len(got) == n, f'ends after {len(got):,} of {n:,} vertices')
     return got
 
-# %% ../nbs/09_formats.ipynb #042cd214
+# %% ../nbs/09_formats.ipynb #9e14a800
 def _polygons(rows, n, before=()):
     "The next `n` rows as faces → triangles; `before`: for each property ahead of the corners, whether it is a list. Points and lines (1 or 2 corners) have no area and are left out."
     corners, sides, seen = array('q'), array('q'), 0
@@ -106,41 +108,41 @@ def _polygons(rows, n, before=()):
         for is_list in before: at += 1 + (int(row[at]) if is_list else 0)
         k = int(row[at])
         index = row[at + 1:at + 1 + k]
-        _need(k >= 0 and len(index) == k, 'too few corners in face line', row)
+        if k < 0 or len(index) != k: _need(False, 'too few corners in face line', row)
         if k < 3: continue
         corners.extend(map(int, index))
         sides.append(k)
-        _need(len(corners) <= 3*MAX_ELEMENTS, 'too many face corners')
+        if len(corners) > 3*MAX_ELEMENTS: _need(False, 'too many face corners')
     _need(seen == n, f'ends after {seen:,} of {n:,} faces')
     return _fan(sides, corners)
 
-# %% ../nbs/09_formats.ipynb #dea83d36
+# %% ../nbs/09_formats.ipynb #cdd4bbb4
 def read_off(
     data:bytes,  # content of the file
     folder=None, # not used
 )->tuple: # V (v, 3) float64, F (f, 3) int64; indices are not checked yet
     "Positions and triangles of OFF text. Raises ValueError where file and header disagree."
-    head = re.match(rb'(?:\xef\xbb\xbf)?(?:\s+|#[^\r\n]*)*((?:ST)?C?N?)(4?n?)OFF(?=[\s\d])', data)
+    head = re.match(rb'(?:\xef\xbb\xbf)?(?:\s++|#[^\r\n]*+)*+((?:ST)?C?N?)(4?n?)OFF(?=[\s\d])', data)
     _need(head, "no 'OFF' at the start")
     _need(not head[2], f'{head[0].decode().split()[-1]} has other than three dimensions')
     rows = _rows(data[head.end():])
     counts = next(rows, [])
-    _need(2 <= len(counts) <= 3, 'counts', counts or [b''])
-    n, f, lines = int(counts[0]), int(counts[1]), len(re.findall(rb'\r\n|\n|\r', data)) + 1
-    _need(n >= 0 and f >= 0 and n + f <= lines, f'declares {n:,} vertices and {f:,} faces but has {lines:,} lines')
+    _need(2 <= len(counts) <= 3, 'unreadable counts', counts or [b''])
+    n, f, lines = int(counts[0]), int(counts[1]), data.count(b'\n') + data.count(b'\r') + 1
+    _need(n >= 0 and f >= 0 and n + f <= lines, f'declares {n:,} vertices and {f:,} faces, more than it has lines')
     V, F = _points(rows, n), _polygons(rows, f)
     _need(next(rows, None) is None, f'goes on after the declared {n:,} vertices and {f:,} faces')
     return V, F
 
-# %% ../nbs/09_formats.ipynb #8b151cad
+# %% ../nbs/09_formats.ipynb #9da6bb04
 def _ply_header(data):
     "→ byte order ('<', '>', or '' for text), elements, the body."
     start = re.match(rb'ply[ \t]*(\r\n|\n|\r)', data)
     _need(start, "no 'ply' at the start")
-    end = re.compile(rb'end_header[ \t]*' + start[1]).search(data, 0, 1 << 20)
+    end = re.compile(start[1] + rb'end_header[ \t]*' + start[1]).search(data, 3, 1 << 20)
     _need(end, "no 'end_header'")
     order, elements = None, []
-    for line in data[start.end():end.start()].splitlines():
+    for line in data[start.end():max(start.end(), end.start())].splitlines():
         word, *rest = line.decode('latin-1').split(None, 4) or ['comment']
         if word == 'format': order = dict(ascii='', binary_little_endian='<', binary_big_endian='>')[rest[0]]
         elif word == 'element': elements.append((rest[0], int(rest[1]), []))
@@ -192,7 +194,7 @@ def _ply_faces(body, at, n, properties, order):
         _need(len(corners) <= 3*MAX_ELEMENTS, 'too many face corners')
     return _fan(sides, corners), at
 
-# %% ../nbs/09_formats.ipynb #55f36f14
+# %% ../nbs/09_formats.ipynb #270af4c4
 def read_ply(
     data:bytes,  # content of the file
     folder=None, # not used
@@ -200,7 +202,7 @@ def read_ply(
     "Positions and triangles of a PLY file, text or binary. Raises ValueError where file and header disagree."
     order, elements, body = _ply_header(data)
     names = [name for name, _, _ in elements]
-    _need('vertex' in names and 'face' in names, f'elements {names}')
+    _need(names.count('vertex') == names.count('face') == 1, f'elements {names}')
     rows, at, out = _rows(body, comment=None), 0, {}
     for name, n, properties in elements:
         _need(properties, f'element {name!r} without properties')
@@ -220,7 +222,7 @@ def read_ply(
     _need(not body[at:].strip() if order else next(rows, None) is None, 'goes on after the declared elements')
     return out['vertex'], out['face']
 
-# %% ../nbs/09_formats.ipynb #635032be
+# %% ../nbs/09_formats.ipynb #478b5dcf
 def read_stl(
     data:bytes,  # content of the file
     folder=None, # not used
@@ -228,6 +230,7 @@ def read_stl(
     "Corners and triangles of an STL file, text or binary. Raises ValueError where the size or the order of lines is wrong."
     n = int.from_bytes(data[80:84], 'little') if len(data) >= 84 else -1
     if len(data) == 84 + 50*n:
+        _need(n <= MAX_ELEMENTS//2, f'{n:,} triangles, over the limit')
         V = np.frombuffer(data, [('normal', '<f4', 3), ('corner', '<f4', (3, 3)), ('extra', '<u2')], n, 84)['corner'].reshape(-1, 3)
     else:
         _need(data[:200].lstrip().lower().startswith(b'solid'), f'declares {n:,} triangles in {len(data):,} bytes' if n >= 0 else 'no triangle count')
@@ -239,7 +242,7 @@ def read_stl(
             _need(word in code, 'unknown line', row)
             words += code[word]
             if word == b'vertex':
-                _need(len(row) == 4 and len(words) <= 7*MAX_ELEMENTS, 'vertex line', row)
+                _need(len(row) == 4 and len(words) <= 7*MAX_ELEMENTS, 'unreadable vertex line', row)
                 points.extend(map(float, row[1:]))
         rest = words.replace(b'fovvvle', b'')
         _need(rest and not rest.replace(b'sS', b''), 'facets or solids that are not complete')
@@ -265,7 +268,7 @@ class _Gltf:
         self.numbers += n
         _need(n >= 0 and self.numbers <= 6*MAX_ELEMENTS, 'too many vertices and faces')
 
-# %% ../nbs/09_formats.ipynb #dcae6a5d
+# %% ../nbs/09_formats.ipynb #6ca8651c
 @patch(cls_method=True)
 def parse(cls:_Gltf, data, folder=None):
     "Take the container apart and refuse what would need a decoder."
@@ -281,7 +284,7 @@ def parse(cls:_Gltf, data, folder=None):
             chunks.setdefault(kind, data[at + 8:at + 8 + n])
             at += 8 + n
         data = chunks.get(0x4E4F534A, b'')
-    _need(sum(map(data.count, (b',', b'[', b'{'))) <= 4_000_000, 'too much JSON')
+    _need(len(data) <= MAX_BYTES//2 and sum(map(data.count, (b',', b'[', b'{'))) <= 4_000_000, 'too much JSON')
     self = cls(json.loads(data.decode('utf-8-sig', 'replace')), chunks.get(0x004E4942), folder)
     _need(str(self.doc['asset']['version']).startswith('2'), 'glTF version other than 2')
     known = ('KHR_materials', 'KHR_texture', 'KHR_lights', 'KHR_animation', 'KHR_xmp', 'KHR_mesh_quantization', 'EXT_texture', 'MSFT_texture')
@@ -289,7 +292,7 @@ def parse(cls:_Gltf, data, folder=None):
     _need(not strange, f'requires {", ".join(strange)}; save it uncompressed')
     return self
 
-# %% ../nbs/09_formats.ipynb #3f4c8921
+# %% ../nbs/09_formats.ipynb #cfe0414f
 @patch
 def buffer(self:_Gltf, i):
     "The bytes of buffer `i`, from the chunk, the JSON or the folder."
@@ -305,6 +308,7 @@ def buffer(self:_Gltf, i):
     else:
         _need(self.folder is not None and not re.match(r'[A-Za-z][\w+.-]*:', uri), f'the address {uri[:60]!r}; only files in its own folder are read')
         blob = _read_bytes(safe_join(self.folder, unquote(uri)))
+    _need(len(blob) + sum(map(len, self.buffers.values())) <= MAX_BYTES, 'too many large buffers')
     _need(len(blob) >= b['byteLength'], f'buffer {i} of {len(blob):,} bytes; {b["byteLength"]:,} are declared')
     self.buffers[i] = blob
     return blob
