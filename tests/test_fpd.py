@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from memkit.core import InputError, make_rng
-from memkit.fpd import _cross_eigen, _record, frechet, frechet_distance, moments
+from memkit.fpd import (FeatureStats, _cross_cholesky, _cross_eigen, _leave_out, _record, _unbiased, fd_infinity, fd_report, feature_label, feature_stats, frechet,
+                        frechet_distance, jackknife_fd, kernel_distance, lfd94, load_features, load_stats, moments, save_stats)
 
 
 @pytest.fixture(scope='session')
