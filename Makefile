@@ -35,7 +35,7 @@ export: $(READY) ## notebooks -> memkit/, cleaned
 	$(BIN)/nbdev-clean
 
 readme: $(READY) ## nbs/index.ipynb -> README.md
-	$(BIN)/jupyter nbconvert --to markdown nbs/index.ipynb --output-dir . --output README --NbConvertApp.output_files_dir=figures/readme --log-level ERROR
+	$(BIN)/python -c "from memkit.report import write_readme; write_readme()"
 
 bench: $(READY) ## measure; results are appended to benchmarks/results.jsonl
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done

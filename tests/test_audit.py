@@ -1,0 +1,139 @@
+"""The audit on real meshes: planted copies are found, fresh shapes are not accused."""
+import csv, json, re, shutil
+
+import numpy as np
+import pytest
+
+from memkit.audit import audit
+from memkit.core import InputError, make_rng
+from memkit.mesh import load_mesh, save_mesh
+from memkit.shapes import shape_set
+
+
+def rotation(axis, degrees):
+    axis, t = np.asarray(axis, float)/np.linalg.norm(axis), np.deg2rad(degrees)
+    K = np.cross(np.eye(3), axis)
+    return np.eye(3) - np.sin(t)*K + (1 - np.cos(t))*K @ K
+
+
+def random_rotation(rng):
+    q = rng.normal(size=4); w, x, y, z = q/np.linalg.norm(q)
+    return np.array([[1 - 2*(y*y + z*z), 2*(x*y - w*z), 2*(x*z + w*y)], [2*(x*y + w*z), 1 - 2*(x*x + z*z), 2*(y*z - w*x)], [2*(x*z - w*y), 2*(y*z + w*x), 1 - 2*(x*x + y*y)]])
+
+
+@pytest.fixture(scope='module')
+def real_audit(real_meshes, tmp_path_factory):
+    "One run over the 20 classes: files 0-2 train, 3 test, 4 gen, and copies of the files 0, turned three ways."
+    root = tmp_path_factory.mktemp('audit')
+    for name in ('train', 'test', 'fresh', 'turned30', 'turned', 'noisy'): (root/name).mkdir()
+    for p in sorted(real_meshes.glob('*.off')): shutil.copy(p, root/{'3': 'test', '4': 'fresh'}.get(p.stem[-1], 'train')/p.name)
+    for p in sorted(real_meshes.glob('*0.off')):
+        V, F = load_mesh(p); rng = make_rng(0, p.stem)
+        turned = V @ random_rotation(rng).T
+        size = np.ptp(turned[F.ravel()], axis=0).max()
+        for name, W in (('turned30', V @ rotation([0, 1, 0], 30).T), ('turned', turned), ('noisy', turned + rng.normal(size=V.shape)*.005*size)):
+            save_mesh(root/name/f'{p.stem}.off', W, F)
+    report = audit(gen={n: root/n for n in ('fresh', 'turned30', 'turned', 'noisy')}, train=root/'train', test=root/'test', out=root/'out')
+    return root, report
+
+
+def sources_found(report, name): return sum(r['id'] == r['neighbour'] for r in report[name].rows)
+
+
+def test_fresh_shapes_are_not_accused(real_audit):
+    j = real_audit[1]['fresh']
+    assert j.verdict != 'copying' and j.zu.auc_ci[0] < .5
+
+
+def test_copies_turned_by_30_degrees_are_copying(real_audit):
+    j = real_audit[1]['turned30']
+    assert j.verdict == 'copying' and j.zu.auc >= .88 and j.zu.z_u < 0
+    assert sources_found(real_audit[1], 'turned30') == 20
+
+
+def test_sources_of_arbitrarily_turned_copies_are_found(real_audit):
+    assert sources_found(real_audit[1], 'turned') >= 19
+    assert sources_found(real_audit[1], 'noisy') >= 17
+
+
+def test_the_record_is_complete(real_audit):
+    root, report = real_audit
+    record = json.loads((root/'out'/'report.json').read_text())
+    assert {g['name'] for g in record['generators']} == {'fresh', 'turned30', 'turned', 'noisy'}
+    for g in record['generators']:
+        assert {'z_u', 'auc', 'auc_ci', 'm', 'n', 'min_detectable_auc', 'fd', 'verdict', 'verdict_text'} <= set(g)
+        assert (g['m'], g['n']) == (20, 20) and g['fd_label'].startswith('FD[lfd94')
+    assert record['n_train'] == 60 and 'lower bound' in record['protocol']['rotation']
+    with open(root/'out'/'neighbours.csv', newline='') as f: rows = list(csv.DictReader(f))
+    assert len(rows) == 20*5
+
+
+def test_the_page_is_one_file(real_audit):
+    page = (real_audit[0]/'out'/'report.html').read_text()
+    assert not re.findall(r'(?:src|href)\s*=\s*["\']?(?!data:|#)[^"\'\s>]+', page), 'something is fetched'
+    assert 'Closer' in page or 'closest pairs' in page
+    assert str(real_audit[0]) not in page
+
+
+def write_set(folder, n, seed, prefix=''):
+    for s in shape_set(n, seed=seed): save_mesh(folder/f'{prefix}{s.category}.obj', *s.mesh(32))
+    return folder
+
+
+@pytest.fixture
+def toys(tmp_path):
+    return dict(gen=write_set(tmp_path/'model', 6, 2), train=write_set(tmp_path/'train', 8, 0), test=write_set(tmp_path/'test', 6, 1), out=tmp_path/'out', n_jobs=1)
+
+
+def test_a_second_run_describes_nothing_and_agrees(toys, monkeypatch):
+    first = audit(**toys)
+    stamps = {p: p.stat().st_mtime_ns for p in (toys['out']/'descriptors').rglob('*.npy')}
+    monkeypatch.setattr('memkit.lfd.lfd_descriptor', None)
+    again = audit(**toys)
+    assert again['model'].zu.to_dict() == first['model'].zu.to_dict()
+    assert stamps == {p: p.stat().st_mtime_ns for p in (toys['out']/'descriptors').rglob('*.npy')}
+
+
+def test_one_generator_stands_at_the_top_of_the_record(toys):
+    audit(**toys)
+    record = json.loads((toys['out']/'report.json').read_text())
+    assert record['verdict'] in ('copying', 'no evidence', 'underpowered')
+    assert record['z_u'] == record['generators'][0]['z_u']
+
+
+def test_copies_of_training_shapes_are_copying_whatever_their_names(toys, tmp_path):
+    shutil.copytree(toys['train'], tmp_path/'copies')
+    for p in (tmp_path/'copies').iterdir(): p.rename(p.with_name(f'x{p.name}'))
+    report = audit(**{**toys, 'gen': tmp_path/'copies'})
+    assert report['copies'].verdict == 'copying'
+    assert all(r['d1'] == 0 for r in report['copies'].rows)
+
+
+def test_held_out_shapes_that_are_training_shapes_are_reported(toys):
+    for p in list(toys['train'].iterdir())[:2]: shutil.copy(p, toys['test']/f'leak_{p.name}')
+    assert len(audit(**toys).leaks) == 2
+
+
+def test_a_hostile_name_is_escaped(toys):
+    next(toys['gen'].iterdir()).rename(toys['gen']/'<img src=x onerror=alert(1)>.obj')
+    page = (audit(**toys).out/'report.html').read_text()
+    assert '<img src=x' not in page and '&lt;img src=x' in page
+
+
+def test_an_unreadable_mesh_is_listed_and_counted_out(toys):
+    (toys['gen']/'broken.obj').write_text('v 0 0 zero\n')
+    report = audit(**toys)
+    assert report['model'].zu.to_dict()['m'] == 6 and 'broken' in report['model'].shapes.failures
+    assert 'broken' in (toys['out']/'report.html').read_text()
+
+
+def test_groups_make_a_table(toys, tmp_path):
+    lines = [f'{p.stem},{"even" if i % 2 else "odd"}' for i, p in enumerate(sorted(toys['gen'].iterdir()))]
+    names = {p.stem for p in toys['gen'].iterdir()}
+    lines += [f'{p.stem},odd' for p in sorted(toys['test'].iterdir()) if p.stem not in names]
+    (tmp_path/'g.csv').write_text('id,group\n' + '\n'.join(lines))
+    assert {c['cell'] for c in audit(**toys, groups=tmp_path/'g.csv')['model'].cells} == {'even', 'odd'}
+
+
+def test_missing_folder_is_one_clear_error(toys, tmp_path):
+    with pytest.raises(InputError, match='nowhere'): audit(**{**toys, 'train': tmp_path/'nowhere'})
