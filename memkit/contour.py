@@ -207,8 +207,7 @@ def _filled_box(mask):
     box[y0:y1 + 1, x0:x1 + 1] = True
     return box
 
-# %% ../nbs/19_contour.ipynb #b68f7b81
-@njit(cache=True, nogil=True)
+# %% ../nbs/19_contour.ipynb #3ba0488d
 def join_parts(
     mask:np.ndarray, # (h, w) bool, several parts, not empty
 )->tuple: # (h, w) bool that contains `mask`, joined; level 1, 2 or 3
@@ -222,8 +221,7 @@ def join_parts(
             grown, level = _filled_box(mask), 3
     return thin(grown, mask), level
 
-# %% ../nbs/19_contour.ipynb #9b21445b
-@njit(cache=True, nogil=True)
+# %% ../nbs/19_contour.ipynb #3c3b9af9
 def contour(
     mask:np.ndarray, # (h, w) bool, row 0 at the bottom
 )->tuple: # (n, 2) int32 outline, closed, empty for an empty mask; level 0..3 of joining

@@ -25,20 +25,18 @@ def quantize(
     "256 c without its fraction, at most 255."
     return np.minimum(255, np.trunc(256*np.nan_to_num(c))).astype(np.uint8)
 
-# %% ../nbs/20_lfd.ipynb #4d707218
+# %% ../nbs/20_lfd.ipynb #ad956076
 def describe_views(
     masks:np.ndarray, # (sets,views,h,w) bool silhouettes, row 0 at the bottom; the views of a set share one scale
 )->tuple: # (sets,views,47) uint8 descriptor; int, number of empty views
     "Light field descriptor of silhouettes: 35 region, 10 contour, circularity, eccentricity. Source: Chen et al. 2003, reference program."
-    masks = np.ascontiguousarray(masks, dtype=bool)
-    out, n_empty = np.zeros(masks.shape[:2] + (47,), np.uint8), 0
-    for views, codes in zip(masks, out):
-        shapes = view_shapes(views)
-        codes[:, :35] = quantize(art_coefficients(views, shapes))
-        codes[:, 35:45] = quantize([2*contour_fourier(v, c) for v, c in zip(views, shapes.centre)])
-        codes[:, 45], codes[:, 46] = quantize(shapes.circularity), quantize(shapes.eccentricity)
-        n_empty += int((shapes.area == 0).sum())
-    return out, n_empty
+    sets, views = np.shape(masks)[:2]
+    masks = np.ascontiguousarray(masks, dtype=bool).reshape(-1, *np.shape(masks)[2:])
+    shapes = view_shapes(masks)
+    reach = np.repeat(shapes.reach.reshape(sets, views).max(1), views)
+    parts = (art_coefficients(masks, shapes, reach), [2*contour_fourier(m, c) for m, c in zip(masks, shapes.centre)],
+             shapes.circularity[:, None], shapes.eccentricity[:, None])
+    return np.concatenate([quantize(part) for part in parts], axis=1).reshape(sets, views, 47), int((shapes.area == 0).sum())
 
 # %% ../nbs/20_lfd.ipynb #a5d165cf
 def round_coordinates(

@@ -24,28 +24,30 @@ def _rim(mask):
         for x in range(w): rim += here[x] & ~(column[x] & column[x + 1] & column[x + 2]) & 1
     return rim
 
-# %% ../nbs/18_region.ipynb #d7ec6ea6
+# %% ../nbs/18_region.ipynb #d6637be2
 @njit(cache=True, nogil=True)
 def _measure(mask, out):
-    "Area, x0 + x1, y0 + y1 of the bounding box; in doubled coordinates from its middle: largest square radius, sums of X^2, Y^2, XY; rim."
+    "Area, x0 + x1, y0 + y1 of the bounding box; in doubled coordinates from its middle: largest square radius, sums of X^2, Y^2, XY."
     h, w = mask.shape
-    first, last, area = np.full(h, w), np.full(h, -1), 0
-    sx = sy = sxx = syy = sxy = 0
+    x0, x1, y0, y1 = w, -1, h, -1
+    area, sx, sy, sxx, syy, sxy = 0, 0, 0, 0, 0, 0
     for y in range(h):
-        n = rx = rxx = 0
+        n, rx, rxx = 0, 0, 0
         for x in range(w):
             m = np.int64(mask[y, x])
-            n += m; rx += m*x; rxx += m*(x*x)
+            n, rx, rxx = n + m, rx + m*x, rxx + m*(x*x)
         if n == 0: continue
-        area += n; sx += rx; sxx += rxx; sy += n*y; syy += n*y*y; sxy += rx*y
+        area, sx, sxx, sy, syy, sxy = area + n, sx + rx, sxx + rxx, sy + n*y, syy + n*y*y, sxy + rx*y
+        y0, y1 = min(y0, y), y
         for x in range(w):
-            if mask[y, x]: first[y], last[y] = min(first[y], x), x
-    rows = np.flatnonzero(last >= 0)
+            if mask[y, x]: x0, x1 = min(x0, x), max(x1, x)
     if area == 0: return
-    ax, ay, far = first.min() + last.max(), rows[0] + rows[-1], 0
-    for y in rows:
-        for x in (first[y], last[y]): far = max(far, (2*x - ax)**2 + (2*y - ay)**2)
-    out[:] = (area, ax, ay, far, 4*sxx - 4*ax*sx + area*ax*ax, 4*syy - 4*ay*sy + area*ay*ay, 4*sxy - 2*ay*sx - 2*ax*sy + area*ax*ay, _rim(mask))
+    ax, ay = x0 + x1, y0 + y1
+    for y in range(y0, y1 + 1):
+        for x in range(x0, x1 + 1):
+            if mask[y, x]: out[3] = max(out[3], (2*x - ax)**2 + (2*y - ay)**2)
+    out[0], out[1], out[2] = area, ax, ay
+    out[4], out[5], out[6] = 4*sxx - 4*ax*sx + area*ax*ax, 4*syy - 4*ay*sy + area*ay*ay, 4*sxy - 2*ay*sx - 2*ax*sy + area*ax*ay
 
 # %% ../nbs/18_region.ipynb #82f86884
 @dataclass(frozen=True)
@@ -67,15 +69,15 @@ class ViewShapes:
         size = np.where(self.area > 1, (xx + yy)**2, 1)
         return np.where(self.area > 1, np.minimum(1, ((xx - yy)**2 + 4*xy**2)/size), 0)
 
-# %% ../nbs/18_region.ipynb #167e529a
+# %% ../nbs/18_region.ipynb #8a6de181
 def view_shapes(
     masks:np.ndarray, # (n,h,w) bool, row 0 at the bottom
 )->ViewShapes: # arrays of length n
     "Area, rim, centre, reach and second moments of silhouettes; all exact."
-    sums = np.zeros((len(masks), 8), np.int64)
+    sums = np.zeros((len(masks), 7), np.int64)
     sums[:, 1:3] = -2
     for mask, out in zip(masks, sums): _measure(mask, out)
-    return ViewShapes(sums[:, 0], sums[:, 7], sums[:, 1:3]/2, np.sqrt(sums[:, 3]/4), sums[:, 4:7]/4)
+    return ViewShapes(sums[:, 0], np.array([_rim(mask) for mask in masks]), sums[:, 1:3]/2, np.sqrt(sums[:, 3]/4), sums[:, 4:7]/4)
 
 # %% ../nbs/18_region.ipynb #a41e0373
 _ART_ORDER = [(p, r) for p in range(12) for r in range(3) if p + r]
@@ -113,16 +115,17 @@ def _spread(mask, cx, cy, scale, nodes):
             nodes[b, a] += (1 - f)*lines[b, x]
             if a < 100: nodes[b, a + 1] += f*lines[b, x]
 
-# %% ../nbs/18_region.ipynb #051361f7
+# %% ../nbs/18_region.ipynb #d8762ba9
 def art_coefficients(
-    masks:np.ndarray,  # (n,h,w) bool, views of one set: they share the scale
+    masks:np.ndarray,  # (n,h,w) bool
     shapes:ViewShapes, # of the same masks
+    reach:np.ndarray|None=None, # (n,) float, the radius that is mapped to the rim of the table; default: the largest among the masks, one set
 )->np.ndarray: # (n,35) float64 in [0, 1], order of `_ART_ORDER`; zeros for an empty view
-    """Angular radial transform of the silhouettes of one camera set, magnitudes.
+    """Angular radial transform of silhouettes, magnitudes. Source: Chen et al. 2003, reference program.
 
-    Where no view of the set has more than one pixel there is no scale; those pixels lie in the middle of the table and all their coefficients are 1."""
-    reach = shapes.reach.max()
+    A reach of 0, where no view of a set has more than one pixel, gives no scale; those pixels lie in the middle of the table and all their coefficients are 1."""
+    reach = np.full(len(masks), shapes.reach.max()) if reach is None else np.asarray(reach)
     nodes = np.zeros((len(masks), 101, 101))
-    for mask, (cx, cy), spread in zip(masks, shapes.centre, nodes): _spread(mask, cx, cy, 50/reach if reach else 0., spread)
+    for mask, (cx, cy), r, spread in zip(masks, shapes.centre, reach, nodes): _spread(mask, cx, cy, 50/r if r else 0., spread)
     sums = nodes.reshape(len(masks), -1) @ art_basis()
     return np.hypot(sums[:, :35], sums[:, 35:])/np.maximum(shapes.area, 1)[:, None]
