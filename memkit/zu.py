@@ -110,7 +110,7 @@ def _newcombe(
     low = optimize.brentq(off, 0, min(a, 1 - 1e-12)) if a > 0 else 0.
     return low, optimize.brentq(off, max(a, 1e-12), 1) if a < 1 else 1.
 
-# %% ../nbs/31_zu.ipynb #e128bc0e
+# %% ../nbs/31_zu.ipynb #e4317e9d
 def auc_interval(
     d_gen,             # (m,) real, distance of each generated shape to its nearest training shape
     d_test,            # (n,) real, the same for held-out shapes
@@ -127,8 +127,8 @@ def auc_interval(
     var, plain = var_v + var_w, _mean_variance(v)[0] + _mean_variance(w)[0]
     known, clustered = var > 1e-24 and 0 < a < 1, groups_gen is not None or groups_test is not None
     effect = var/plain if known else (1/m + 1/n)/(1/len(v) + 1/len(w))
-    out = dict(auc=a, ci=_newcombe(a, m, n, level), se=None, method='newcombe', units=(m, n), df=None, design_effect=effect)
-    if not known: return out
+    out = dict(auc=a, ci=None, se=None, method='newcombe', units=(m, n), df=None, design_effect=effect)
+    if not known: return out | dict(ci=_newcombe(a, m, n, level))
     df = var**2/(var_v**2/(m - 1) + var_w**2/(n - 1)) if clustered else math.inf
     half = stats.t.ppf((1 + level)/2, df)*math.sqrt(var)/(a*(1 - a))
     ci = tuple(float(1/(1 + (1 - a)/a*math.exp(side*half))) for side in (1, -1))
