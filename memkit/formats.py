@@ -173,11 +173,11 @@ def _ply_table(body, at, n, properties, order):
     table = np.frombuffer(body, fields, n, at)
     return table if all((table[name] == table[name][0]).all() for name in lists) else None
 
-# %% ../nbs/09_formats.ipynb #d01b5ec8
+# %% ../nbs/09_formats.ipynb #595d2256
 def _ply_faces(body, at, n, properties, order):
     "The face element → triangles, and where it ends."
-    c = [name in ('vertex_indices', 'vertex_index') for name, _, _ in properties].index(True)
-    _need(properties[c][1] in 'bBhHiIqQ' and properties[c][2] and not any(p[2] in ('f', 'd') for p in properties if p[2]), 'faces are not lists of integers')
+    c = next((i for i, (name, _, _) in enumerate(properties) if name in ('vertex_indices', 'vertex_index')), 0)
+    _need(properties[c][0].startswith('vertex_ind') and properties[c][1] in 'bBhHiIqQ' and properties[c][2] and not any(p[2] in ('f', 'd') for p in properties if p[2]), 'faces are not lists of integers')
     table = _ply_table(body, at, n, properties, order)
     if table is not None:
         corners = table[f'p{c}'].astype(np.int64)
@@ -191,10 +191,10 @@ def _ply_faces(body, at, n, properties, order):
             _need(0 <= k <= len(body) - at, 'ends inside a list')
             if i == c and k > 2: corners.extend(struct.unpack_from(f'{order}{k}{kind}', body, at)); sides.append(k)
             at += k*size[i][0]
-        _need(len(corners) <= 3*MAX_ELEMENTS, 'too many face corners')
+        _need(at <= len(body) and len(corners) <= 3*MAX_ELEMENTS, 'ends inside a list, or too many corners')
     return _fan(sides, corners), at
 
-# %% ../nbs/09_formats.ipynb #270af4c4
+# %% ../nbs/09_formats.ipynb #76f4d7ea
 def read_ply(
     data:bytes,  # content of the file
     folder=None, # not used
@@ -207,7 +207,9 @@ def read_ply(
     for name, n, properties in elements:
         _need(properties, f'element {name!r} without properties')
         labels, lists = [p[0] for p in properties], [bool(p[2]) for p in properties]
-        if name == 'vertex': axes = [labels.index(axis) for axis in 'xyz']; _need(not any(lists), 'lists among the vertex properties')
+        if name == 'vertex':
+            _need(set('xyz') <= set(labels) and not any(lists), f'vertex properties {labels}')
+            axes = [labels.index(axis) for axis in 'xyz']
         if name == 'face' and not order: corner = labels.index('vertex_indices' if 'vertex_indices' in labels else 'vertex_index')
         if not n: out[name] = np.zeros((0, 3), np.int64)
         elif name == 'vertex' and not order: out[name] = _points(rows, n, axes)

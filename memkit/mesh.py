@@ -47,7 +47,7 @@ _READERS = {'.obj': (read_obj, "OBJ text, lines 'v x y z' and 'f a b c'"), '.off
             '.ply': (read_ply, 'a PLY file with elements vertex and face'), '.stl': (read_stl, 'an STL file, text or binary'),
             '.glb': (read_gltf, 'a glTF 2.0 file'), '.gltf': (read_gltf, 'a glTF 2.0 file')}
 
-# %% ../nbs/10_mesh.ipynb #8bc83d89
+# %% ../nbs/10_mesh.ipynb #400b87ec
 def load_mesh(
     path:str|Path,            # .obj, .off, .ply, .stl, .glb or .gltf
     max_bytes:int=MAX_BYTES,  # a larger file is refused before it is read
@@ -59,7 +59,7 @@ def load_mesh(
     try:
         with np.errstate(all='ignore'): V, F = read(_read_bytes(path, max_bytes), path.parent)
     except Exception as e:
-        why = str(e) if isinstance(e, ValueError) else f'{"missing" if isinstance(e, KeyError) else type(e).__name__} {e}'
+        why = {KeyError: f'missing {e}', struct.error: 'ends too early', IndexError: 'ends too early'}.get(type(e), str(e) if isinstance(e, ValueError) else f'{type(e).__name__} {e}')
         raise InputError(f'{path}: {why[:300]}; expected {expected}') from e
     return check_mesh(V, F, str(path))
 
