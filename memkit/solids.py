@@ -138,15 +138,20 @@ def _corners(points): # refuse what is not a simple list of corners
     if points.ndim != 2 or points.shape[1] != 2 or len(points) < 3: raise InputError(f'polygon: shape {points.shape}; expected at least three corners (k, 2)')
     return points[(np.abs(points - np.roll(points, 1, 0)) > 1e-9).any(1)].tolist()
 
-# %% ../nbs/15_solids.ipynb #d01a0c1d
+# %% ../nbs/15_solids.ipynb #22f1bf67
 def revolve(
     profile,       # (k, 2) corners (radius, y), radius >= 0, in order
     round:float=0.,# grow by this much, which rounds the edges
+    sides:int=0,   # 0 turns on a lathe; n gives a cross-section with n flat sides, one of them facing +z
 )->Solid:
-    "The profile turned about the y axis. Exact. Raises InputError for fewer than three corners."
+    "The profile turned about the y axis; exact, or with flat `sides` a lower bound. Raises InputError for fewer than three corners."
     profile = _corners(profile)
     r, lo, hi = max(p[0] for p in profile) + round, min(p[1] for p in profile) - round, max(p[1] for p in profile) + round
-    return Solid(lambda x, y, z: _polygon(_length(x, z), y, profile, on_axis=True) - round, (-r, lo, -r), (r, hi, r))
+    angles = [2*math.pi*k/sides for k in range(sides)]
+    def radius(x, z): return _max(*(x*math.sin(a) + z*math.cos(a) for a in angles)) if sides else _length(x, z)
+    corner = [r/math.cos(math.pi/sides)*f((k + .5)*2*math.pi/sides) for f in (math.sin, math.cos) for k in range(sides)] or [-r, r]*2
+    (x0, x1), (z0, z1) = ((min(c), max(c)) for c in (corner[:len(corner)//2], corner[len(corner)//2:]))
+    return Solid(lambda x, y, z: _polygon(radius(x, z), y, profile, on_axis=True) - round, (x0, lo, z0), (x1, hi, z1))
 
 # %% ../nbs/15_solids.ipynb #6c87f06e
 def extrude(
