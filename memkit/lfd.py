@@ -18,12 +18,12 @@ from .mesh import check_mesh
 from .region import art_coefficients, view_shapes
 from .render import render_silhouettes
 
-# %% ../nbs/20_lfd.ipynb #2016ca48
+# %% ../nbs/20_lfd.ipynb #75fee676
 def quantize(
     c:np.ndarray, # float, >= 0; NaN counts as 0
 )->np.ndarray: # uint8
     "256 c without its fraction, at most 255."
-    return np.minimum(255, np.trunc(256*np.nan_to_num(c))).astype(np.uint8)
+    return np.minimum(255, 256*np.minimum(1, np.nan_to_num(c))).astype(np.uint8)
 
 # %% ../nbs/20_lfd.ipynb #ad956076
 def describe_views(
@@ -51,7 +51,7 @@ def round_coordinates(
     out[tie] = [round(float(v), decimals) for v in V[tie]]
     return out
 
-# %% ../nbs/20_lfd.ipynb #be652370
+# %% ../nbs/20_lfd.ipynb #632ee49e
 def lfd_descriptor(
     V:np.ndarray, # (v,3) float, vertices in any unit
     F:np.ndarray, # (f,3) int, triangles; winding is irrelevant
@@ -65,7 +65,9 @@ def lfd_descriptor(
     Raises InputError for a damaged mesh, and for one that is too thin to cover the centre of a single pixel in any view."""
     V, F = check_mesh(V, F, name)
     if round_decimals is not None: V = round_coordinates(V, round_decimals)
-    descriptor, n_empty = describe_views(render_silhouettes(V, F))
+    try: masks = render_silhouettes(V, F)
+    except InputError as e: raise InputError(f'{name}: {str(e).removeprefix("mesh: ")}') from e   # no extent, perhaps only after rounding
+    descriptor, n_empty = describe_views(masks)
     if n_empty == 100 and not allow_empty:
         raise InputError(f'{name}: nothing is visible in any of the 100 views, all triangles are degenerate or thinner than a pixel '
                          '(1/128 of the longest side); expected a mesh with some extent, or allow_empty=True for a descriptor of zeros')
