@@ -8,12 +8,14 @@ __all__ = ['simplify_for_view', 'quantise_mesh', 'scene_script']
 # %% ../nbs/08_viewer.ipynb #b8ef46be
 import numpy as np
 
-# %% ../nbs/08_viewer.ipynb #f54eb708
+# %% ../nbs/08_viewer.ipynb #3473bef5
 def _distinct(F):
     "Faces with three different corners, each set of corners once, in their first order."
     F = F[(F[:, 0] != F[:, 1]) & (F[:, 1] != F[:, 2]) & (F[:, 2] != F[:, 0])]
-    _, first = np.unique(np.sort(F, 1), axis=0, return_index=True)
-    return F[np.sort(first)]
+    a, b, c = np.sort(F, 1).T
+    n = int(c.max(initial=0)) + 1
+    key = (a*n + b)*n + c if n < 2**21 else np.unique(np.stack([a, b, c]), axis=1, return_inverse=True)[1].ravel() # n³ must fit into 63 bits
+    return F[np.sort(np.unique(key, return_index=True)[1])]
 
 # %% ../nbs/08_viewer.ipynb #e6b855eb
 def _welded(V, F):
@@ -32,11 +34,11 @@ def _cells(V, n):
     _, first, label = np.unique((c[:, 0]*n + c[:, 1])*n + c[:, 2], return_index=True, return_inverse=True)
     return label.reshape(-1), low + c[first]*(side/n), side/n
 
-# %% ../nbs/08_viewer.ipynb #6f02fe9b
+# %% ../nbs/08_viewer.ipynb #72351ffe
 def _rims(V, F):
     "Edges of one face only, (e,2), and for each the direction in the face across it, of length edge length."
     edges = F[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2)
-    _, first, count = np.unique(np.sort(edges, 1), axis=0, return_index=True, return_counts=True)
+    _, first, count = np.unique(edges.min(1)*len(V) + edges.max(1), return_index=True, return_counts=True)
     first = first[count == 1]
     ends = edges[first]
     along, other = V[ends[:, 1]] - V[ends[:, 0]], V[F[first//3, (first + 2) % 3]] - V[ends[:, 0]]
@@ -98,24 +100,26 @@ def quantise_mesh(
     q, F = _welded(np.clip(np.rint((V - low)/step), 0, 65535), np.asarray(F))
     return q.astype(np.uint16), F, low, step
 
-# %% ../nbs/08_viewer.ipynb #88627d2c
+# %% ../nbs/08_viewer.ipynb #bcf9a12d
 _JS_SHADERS = r"""
 if (!window.customElements || customElements.get('memkit-scene')) return;
 const VERTEX = `#version 300 es
-  in vec3 position, normal; uniform mat3 turn; uniform vec3 centre; uniform float scale; out vec3 n;
-  void main() {
-    vec3 p = turn * (position - centre);
+  in vec3 position, normal; uniform mat3 turn; uniform vec3 centre; uniform float radius, zoom; out vec3 n, p;
+  void main() {                          // camera with an opening of 30 degrees that sees the unit sphere whole
+    p = turn * (position - centre) / radius;
     n = turn * normal;
-    gl_Position = vec4(p.xy * scale, -p.z * .5, 1.);
+    gl_Position = vec4(p.xy * zoom * .94 / ${Math.tan(Math.PI / 12)}, -1.8 * p.z, ${1 / Math.sin(Math.PI / 12)} - p.z);
   }`;
 const FRAGMENT = `#version 300 es
   precision highp float;
-  in vec3 n; uniform vec3 colour; uniform float ambient; out vec4 pixel;
+  in vec3 n, p; uniform mat3 turn; uniform vec3 colour; uniform float sky; out vec4 pixel;
+  float lamp(vec3 m, vec3 from) { return dot(m, normalize(from)); }
   void main() {
     vec3 m = normalize(n);
-    if (m.z < 0.) m = -m;
-    float light = max(dot(m, vec3(-.27, .45, .85)), 0.);
-    pixel = vec4(colour * (ambient + (1.05 - ambient) * light), 1.);
+    if (dot(m, vec3(0., 0., ${1 / Math.sin(Math.PI / 12)}) - p) < 0.) m = -m;
+    float key = .9 * max(0., (lamp(m, vec3(-.5, .62, .6)) + .15) / 1.15), fill = .126 * max(0., lamp(m, vec3(.8, .15, .58)));
+    float gloss = .06 * pow(max(0., lamp(m, vec3(-.5, .62, 1.6))), 32.);
+    pixel = vec4(sqrt(colour * colour * (sky + .1 * dot(m, turn[1]) + key + fill) + gloss), 1.);
   }`;
 """
 
@@ -167,7 +171,7 @@ function corners(q, f) {                 // per corner 12 bytes: 3 uint16 positi
 }
 """
 
-# %% ../nbs/08_viewer.ipynb #e7668fcc
+# %% ../nbs/08_viewer.ipynb #03e9bb95
 _JS_CONTEXT = r"""
 let shared = null, losses = 0;           // null: not tried yet; false: no WebGL 2 here
 const awake = new Set();
@@ -182,7 +186,7 @@ function renderer() {
   });
   ['position', 'normal'].forEach((name, i) => gl.bindAttribLocation(program, i, name));
   gl.linkProgram(program); gl.useProgram(program); gl.enable(gl.DEPTH_TEST);
-  for (const name of ['turn', 'centre', 'scale', 'colour', 'ambient']) at[name] = gl.getUniformLocation(program, name);
+  for (const name of ['turn', 'centre', 'radius', 'zoom', 'colour', 'sky']) at[name] = gl.getUniformLocation(program, name);
   canvas.addEventListener('webglcontextlost', () => {
     const scenes = [...awake]; scenes.forEach(s => s.sleep()); shared = null;
     if (losses++ < 5) setTimeout(() => scenes.forEach(s => s.visible && s.wake()), 1000);
@@ -191,12 +195,12 @@ function renderer() {
 }
 """
 
-# %% ../nbs/08_viewer.ipynb #83773c93
+# %% ../nbs/08_viewer.ipynb #dcbc22d9
 _JS_PAINT = r"""
 function paint(scene) {
   const {canvas, gl, at} = shared, [a, e] = [scene.yaw, scene.pitch], ink = getComputedStyle(scene).color.match(/[\d.]+/g);
   const [ca, sa, ce, se] = [Math.cos(a), Math.sin(a), Math.cos(e), Math.sin(e)], dark = (ink || [0]).slice(0, 3).every(x => x > 150);
-  for (const {screen, buffer, count, centre, extent, colour} of scene.panels) {
+  for (const {screen, buffer, count, centre, radius, colour} of scene.panels) {
     const ratio = window.devicePixelRatio || 1, w = Math.round(screen.clientWidth * ratio), h = Math.round(screen.clientHeight * ratio), s = Math.min(w, h);
     if (!s) continue;
     if (screen.width !== w || screen.height !== h) Object.assign(screen, {width: w, height: h});
@@ -206,7 +210,7 @@ function paint(scene) {
     [0, 1].forEach(i => { gl.enableVertexAttribArray(i); gl.vertexAttribPointer(i, 3, i ? gl.BYTE : gl.UNSIGNED_SHORT, true, 12, 8 * i); });
     gl.uniformMatrix3fv(at.turn, false, [ca, -se * sa, ce * sa, 0, ce, se, -sa, -se * ca, ce * ca]);
     gl.uniform3fv(at.centre, centre); gl.uniform3fv(at.colour, colour);
-    gl.uniform1f(at.ambient, dark ? .5 : .38); gl.uniform1f(at.scale, scene.scale / extent);
+    gl.uniform1f(at.sky, dark ? .27 : .2); gl.uniform1f(at.radius, radius); gl.uniform1f(at.zoom, scene.scale);
     gl.drawArrays(gl.TRIANGLES, 0, count);
     const out = screen.getContext('2d');
     out.clearRect(0, 0, w, h); out.drawImage(canvas, 0, canvas.height - h, w, h, 0, 0, w, h);
@@ -214,19 +218,21 @@ function paint(scene) {
 }
 """
 
-# %% ../nbs/08_viewer.ipynb #719a26aa
+# %% ../nbs/08_viewer.ipynb #3329c87e
 _JS_ELEMENT = r"""
 const watch = window.IntersectionObserver && new IntersectionObserver(
   all => all.forEach(x => { x.target.visible = x.isIntersecting; x.isIntersecting ? x.target.wake() : x.target.sleep(); }), {rootMargin: '150px'});
 const resized = window.ResizeObserver && new ResizeObserver(all => all.forEach(x => x.target.draw()));
 function panel(figure, gl) {
-  const q = decode(figure.dataset.v, Uint16Array), f = decode(figure.dataset.f, figure.dataset.w === '4' ? Uint32Array : Uint16Array), size = [0, 0, 0];
-  for (let i = 0; i < q.length; i++) size[i % 3] = Math.max(size[i % 3], q[i] / 65535);
+  const q = decode(figure.dataset.v, Uint16Array), f = decode(figure.dataset.f, figure.dataset.w === '4' ? Uint32Array : Uint16Array), centre = [0, 0, 0];
+  for (let i = 0; i < q.length; i++) centre[i % 3] = Math.max(centre[i % 3], q[i] / 131070);
+  let radius = 0;
+  for (let i = 0; i < q.length; i += 3) radius = Math.max(radius, Math.hypot(...centre.map((c, k) => q[i + k] / 65535 - c)));
   const stage = figure.querySelector('[data-stage]'), screen = stage.appendChild(document.createElement('canvas')), buffer = gl.createBuffer();
   screen.style.cssText = 'position:absolute;inset:0;width:100%;height:100%;display:block';
   stage.querySelector('img').style.visibility = 'hidden';
   gl.bindBuffer(gl.ARRAY_BUFFER, buffer); gl.bufferData(gl.ARRAY_BUFFER, corners(q, f), gl.STATIC_DRAW);
-  return {figure, screen, buffer, count: f.length, centre: size.map(x => x / 2), extent: Math.hypot(...size) / 2 || 1, colour: figure.dataset.c.split(',').map(x => x / 255)};
+  return {figure, screen, buffer, count: f.length, centre, radius: radius || 1, colour: figure.dataset.c.split(',').map(x => x / 255)};
 }
 """
 
