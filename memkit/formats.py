@@ -37,7 +37,7 @@ def _read_bytes(path, max_bytes=MAX_BYTES):
     _need(info.st_size <= max_bytes, f'{info.st_size:,} bytes, over the limit of {max_bytes:,}')
     with open(path, 'rb') as f: return f.read(max_bytes)
 
-# %% ../nbs/09_formats.ipynb #ad94d792
+# %% ../nbs/09_formats.ipynb #53ce07e0
 def _rows(data, comment=b'#', block=1 << 22):
     "The words of each non-empty line, without comments; line ends of every kind."
     if b'\r' in data: data = data.replace(b'\r\n', b'\n').replace(b'\r', b'\n')
@@ -45,7 +45,7 @@ def _rows(data, comment=b'#', block=1 << 22):
     while at < len(data):
         end = data.find(b'\n', at + block) + 1 or len(data)
         _need(end - at <= 4*block, f'a line of over {3*block:,} bytes')
-        for line in data[at:end].replace(b'_', b'?').splitlines():
+        for line in filter(None, data[at:end].replace(b'_', b'?').splitlines()):
             if comment and comment in line: line = line[:line.index(comment)]
             row = line.split()
             if row: yield row
@@ -173,7 +173,7 @@ def _ply_table(body, at, n, properties, order):
     table = np.frombuffer(body, fields, n, at)
     return table if all((table[name] == table[name][0]).all() for name in lists) else None
 
-# %% ../nbs/09_formats.ipynb #595d2256
+# %% ../nbs/09_formats.ipynb #f7353be3
 def _ply_faces(body, at, n, properties, order):
     "The face element → triangles, and where it ends."
     c = next((i for i, (name, _, _) in enumerate(properties) if name in ('vertex_indices', 'vertex_index')), 0)
@@ -181,7 +181,8 @@ def _ply_faces(body, at, n, properties, order):
     table = _ply_table(body, at, n, properties, order)
     if table is not None:
         corners = table[f'p{c}'].astype(np.int64)
-        return _fan(np.full(n, corners.shape[1]), corners.ravel()), at + table.nbytes
+        if corners.shape[1] < 3: corners = corners[:0]   # points and lines
+        return _fan(np.full(len(corners), corners.shape[1]), corners.ravel()), at + table.nbytes
     corners, sides = array('q'), array('q')
     size = [(struct.calcsize('=' + kind), length and struct.calcsize('=' + length)) for _, kind, length in properties]
     for _ in range(n):
@@ -194,31 +195,28 @@ def _ply_faces(body, at, n, properties, order):
         _need(at <= len(body) and len(corners) <= 3*MAX_ELEMENTS, 'ends inside a list, or too many corners')
     return _fan(sides, corners), at
 
-# %% ../nbs/09_formats.ipynb #76f4d7ea
+# %% ../nbs/09_formats.ipynb #9b015cd3
 def read_ply(
     data:bytes,  # content of the file
     folder=None, # not used
 )->tuple: # V (v, 3) float64, F (f, 3) int64; indices are not checked yet
     "Positions and triangles of a PLY file, text or binary. Raises ValueError where file and header disagree."
     order, elements, body = _ply_header(data)
-    names = [name for name, _, _ in elements]
-    _need(names.count('vertex') == names.count('face') == 1, f'elements {names}')
+    _need(sorted(e[0] for e in elements if e[0] in ('vertex', 'face')) == ['face', 'vertex'], f'elements {[e[0] for e in elements]}')
     rows, at, out = _rows(body, comment=None), 0, {}
     for name, n, properties in elements:
-        _need(properties, f'element {name!r} without properties')
         labels, lists = [p[0] for p in properties], [bool(p[2]) for p in properties]
         if name == 'vertex':
             _need(set('xyz') <= set(labels) and not any(lists), f'vertex properties {labels}')
             axes = [labels.index(axis) for axis in 'xyz']
-        if name == 'face' and not order: corner = labels.index('vertex_indices' if 'vertex_indices' in labels else 'vertex_index')
         if not n: out[name] = np.zeros((0, 3), np.int64)
+        elif name == 'face' and order: out[name], at = _ply_faces(body, at, n, properties, order)
+        elif name == 'face': out[name] = _polygons(rows, n, lists[:labels.index('vertex_indices' if 'vertex_indices' in labels else 'vertex_index')])
         elif name == 'vertex' and not order: out[name] = _points(rows, n, axes)
-        elif name == 'face' and not order: out[name] = _polygons(rows, n, lists[:corner])
-        elif name == 'face': out[name], at = _ply_faces(body, at, n, properties, order)
         elif not order: _need(sum(1 for _ in itertools.islice(rows, n)) == n, f'ends inside {name!r}')
         else:
             table = _ply_table(body, at, n, properties, order)
-            _need(table is not None, f'lists of different lengths in {name!r}')
+            _need(table is not None and table.nbytes, f'no properties, or lists of different lengths, in {name!r}')
             if name == 'vertex': out[name] = np.stack([table[f'p{i}'] for i in axes], 1).astype(np.float64)
             at += table.nbytes
     _need(not body[at:].strip() if order else next(rows, None) is None, 'goes on after the declared elements')
@@ -368,7 +366,7 @@ def matrix(self:_Gltf, node):
     m[:3, 3] = node.get('translation', (0, 0, 0))
     return m
 
-# %% ../nbs/09_formats.ipynb #b816a763
+# %% ../nbs/09_formats.ipynb #6a6bcb67
 @patch
 def places(self:_Gltf):
     "Every mesh that stands in the scene: (mesh index, 4 x 4 transform), in the order of the graph."
@@ -384,11 +382,11 @@ def places(self:_Gltf):
         seen.add(i)
         _need(len(seen) + len(todo) <= 100_000, 'over 100,000 nodes')
         _need('EXT_mesh_gpu_instancing' not in node.get('extensions', {}), 'instancing; save it as separate objects')
-        here = above @ self.matrix(node)
+        here = (above[:, :, None]*self.matrix(node)).sum(1)   # plain sums: the same bits on every machine, unlike a BLAS product
         if 'mesh' in node: yield node['mesh'], here
         todo += [(c, here) for c in reversed(node.get('children', []))]
 
-# %% ../nbs/09_formats.ipynb #850b8185
+# %% ../nbs/09_formats.ipynb #7a2d64d3
 def read_gltf(
     data:bytes,              # content of the .gltf or .glb file
     folder:Path|None=None,   # where the buffers that it names may lie; None: nowhere
@@ -402,6 +400,7 @@ def read_gltf(
         V, F = meshes[i]
         g.count(V.size + F.size)
         if np.linalg.det(m[:3, :3]) < 0: F = F[:, ::-1]   # a mirror turns inside out
-        parts.append((V @ m[:3, :3].T + m[:3, 3], F + total))
+        moved = (V[:, :1]*m[:3, 0] + V[:, 1:2]*m[:3, 1]) + V[:, 2:]*m[:3, 2] + m[:3, 3]
+        parts.append((moved, F + total))
         total += len(V)
     return np.concatenate([V for V, _ in parts]), np.concatenate([F for _, F in parts])

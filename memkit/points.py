@@ -27,7 +27,7 @@ def _area_shares(
     if not np.isfinite(shares).all(): raise InputError('mesh: the surface has no area; expected at least one face that is not a line or a point')
     return shares
 
-# %% ../nbs/11_points.ipynb #dbe08157
+# %% ../nbs/11_points.ipynb #ed217811
 def sample_surface(
     V:np.ndarray,  # (v, 3)
     F:np.ndarray,  # (f, 3)
@@ -44,7 +44,7 @@ def sample_surface(
     face = real[np.minimum(np.searchsorted(np.cumsum(shares[real]), u[:, 0], side='right'), len(real) - 1)]
     root = np.sqrt(u[:, 1:2])
     weight = np.hstack([1 - root, root*(1 - u[:, 2:]), root*u[:, 2:]])
-    return np.einsum('nc,ncd->nd', weight, V[F[face]]).astype(np.float32), face
+    return (weight[:, :, None]*V[F[face]]).sum(1).astype(np.float32), face
 
 # %% ../nbs/11_points.ipynb #66949b28
 @njit(cache=True, nogil=True)
