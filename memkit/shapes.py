@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'CATEGORIES', 'LEVELS', 'Shape', 'sample_shape', 'shape_set']
 
-# %% ../nbs/18_shapes.ipynb #35d6b7da
+# %% ../nbs/18_shapes.ipynb #19368c75
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,11 +14,11 @@ from fastcore.basics import AttrDict, patch
 from .core import InputError, make_rng
 from .sdf import sdf_to_mesh
 from .solids import Solid, fit
-from . import household
+from . import furniture, vessels
 
-# %% ../nbs/18_shapes.ipynb #f0cbe0a3
+# %% ../nbs/18_shapes.ipynb #e1f6b70a
 FAMILIES = {name: (getattr(module, name.upper()), getattr(module, name), getattr(module, f'{name}_words'))
-            for module, names in [(household, 'chair table bed bookshelf')] for name in names.split()}
+            for module, names in [(furniture, "chair table bed bookshelf lamp"), (vessels, "mug vase teapot")] for name in names.split()}
 CATEGORIES = tuple(FAMILIES)
 
 # %% ../nbs/18_shapes.ipynb #9bebb444
@@ -39,14 +39,14 @@ class Shape:
         if self._solid is None: self._solid = fit(FAMILIES[self.category][1](self.params))
         return self._solid
 
-# %% ../nbs/18_shapes.ipynb #5bad7d2f
+# %% ../nbs/18_shapes.ipynb #48bd7864
 def sample_shape(
     category:str, # one of CATEGORIES
     seed:int,     # non-negative; any number of them
 )->Shape: # the same for the same category and seed on every machine
     "Draw a shape. Raises InputError for an unknown category."
     if category not in FAMILIES: raise InputError(f'category {category!r}: expected one of {", ".join(CATEGORIES)}')
-    return Shape(category, household.sample_params(FAMILIES[category][0], make_rng(seed, 'shape', category)), seed)
+    return Shape(category, furniture.sample_params(FAMILIES[category][0], make_rng(seed, 'shape', category)), seed)
 
 # %% ../nbs/18_shapes.ipynb #1f786bdd
 @patch
