@@ -146,8 +146,8 @@ def test_nearest_triangle_wins():
     np.testing.assert_allclose((2 - maps.depth)[same & (face >= 0)], best[same & (face >= 0)], atol=.02)
 
 
-def test_shaded_bytes():
-    "The same bytes in every run and on every machine; scale plays no part; light comes from the upper left."
+def test_shaded_bytes(reference):
+    "The same bytes in every run and on every machine; scale plays no part; light comes from the upper left, and less of it reaches a corner."
     V, F = uv_sphere(12)
     V = V.round(6)
     a = render_shaded(V, F, size=64)
@@ -155,6 +155,8 @@ def test_shaded_bytes():
     assert (render_shaded(V*2.0**-30, F, size=64) == a).all()
     assert a[16, 20].sum() > a[48, 44].sum() + 60
     assert zlib.crc32(a.tobytes()) == 959418710
+    chair = render_shaded(reference['chair_V']/1e6, reference['chair_F'].astype(np.int64), size=64)
+    assert zlib.crc32(chair.tobytes()) == 3775754021
 
 
 def test_shading_of_user_meshes():
