@@ -255,7 +255,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'memkit.retrieval._exclusion': ('retrieval.html#_exclusion', 'memkit/retrieval.py'),
                                   'memkit.retrieval._guard': ('retrieval.html#_guard', 'memkit/retrieval.py'),
                                   'memkit.retrieval._insert': ('retrieval.html#_insert', 'memkit/retrieval.py'),
-                                  'memkit.retrieval._intervals_bound': ('retrieval.html#_intervals_bound', 'memkit/retrieval.py'),
+                                  'memkit.retrieval._intervals_bounds': ('retrieval.html#_intervals_bounds', 'memkit/retrieval.py'),
                                   'memkit.retrieval._least_entry': ('retrieval.html#_least_entry', 'memkit/retrieval.py'),
                                   'memkit.retrieval._lfd_search': ('retrieval.html#_lfd_search', 'memkit/retrieval.py'),
                                   'memkit.retrieval._matrix_block': ('retrieval.html#_matrix_block', 'memkit/retrieval.py'),

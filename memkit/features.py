@@ -6,8 +6,8 @@
 __all__ = ['STATS_FORMAT', 'FEATURE_KEYS', 'check_features', 'feature_label', 'lfd94', 'Moments', 'moments', 'check_like',
            'FeatureStats', 'feature_stats', 'save_stats', 'load_stats', 'load_features']
 
-# %% ../nbs/24_features.ipynb #602a5765
-import hashlib, json, zipfile
+# %% ../nbs/24_features.ipynb #c12a792f
+import hashlib, json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,7 +198,7 @@ def save_stats(
                  means=np.array([g.mean for g in stats.groups]), scatters=np.array([g.m2[half] for g in stats.groups]))
     return Path(path)
 
-# %% ../nbs/24_features.ipynb #d39a18da
+# %% ../nbs/24_features.ipynb #e77c718e
 def load_stats(
     path, # written by `save_stats`
 )->FeatureStats: # as it was saved, to the last bit
@@ -213,12 +213,12 @@ def load_stats(
         stats = FeatureStats(header['label'], groups, frozenset(tokens.tolist()), header['weights'], header['normalisation'], header['dtype'])
         whole = (stats.count, stats.digest) == (header['count'], header['digest']) and counts.min() >= 0 and np.isfinite(m2).all() and np.isfinite(means).all()
     except InputError: raise
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, EOFError, MemoryError, zipfile.BadZipFile) as e:
+    except Exception as e: # whatever goes wrong inside a foreign file is a fault of the file
         raise InputError(f'{Path(path).name}: not a statistics file of memkit ({type(e).__name__}); expected one written by save_stats') from None
     if not whole: raise InputError(f'{Path(path).name}: count or ids do not match the header; the file is damaged')
     return stats
 
-# %% ../nbs/24_features.ipynb #7cec6285
+# %% ../nbs/24_features.ipynb #729a088c
 FEATURE_KEYS = ('arr', 'X', 'features', 'emb', 'embeddings', 'data') # in the order in which the paper's tools look for them
 
 def load_features(
@@ -235,5 +235,5 @@ def load_features(
             if not known: raise InputError(f'{path.name}: arrays {z.files}; expected one array, or one of the names {", ".join(FEATURE_KEYS)}')
             return check_features(z[known[0]], path.name)
     except InputError: raise
-    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as e:
+    except Exception as e: # zip, zlib, header and memory errors alike: the file is at fault
         raise InputError(f'{path.name}: cannot be read ({type(e).__name__}); expected .npy or .npz with features, without pickled objects') from None

@@ -305,15 +305,16 @@ class FdReport:
     se_method:str = 'delete-a-group jackknife by id hash, Student t'
     ddof:int = 0             # divisor of the covariance is n - ddof
 
-# %% ../nbs/32_fpd.ipynb #5e52f17c
+# %% ../nbs/32_fpd.ipynb #09ba10b2
 def _text(
     self, # FdReport
 )->str: # four or five lines
     "The report as a table for people."
     span = lambda v, se, ci: f'{v:.5g} ± {se:.2g}, {100*self.level:g} % interval [{ci[0]:.5g}, {ci[1]:.5g}]' if ci else f'{v:.5g}, no interval'
     why = f'{min(self.n_ref, self.n_gen)} shapes for {self.d} dimensions' if 'undersampled' in self.flags else 'one jackknife group'
+    note = f'exact to {self.exact.bound:.0e}' if self.mode == 'exact' else f'exact formula: {self.exact.value:.6g}'
     rows = [f'{self.label}, {self.mode} formula: lower is better, 0 is best',
-            f'  distance   {self.fd:.6g}   (ranks {self.exact.ranks[0]} and {self.exact.ranks[1]} of {self.d}, exact to {self.exact.bound:.0e})',
+            f'  distance   {self.fd:.6g}   (ranks {self.exact.ranks[0]} and {self.exact.ranks[1]} of {self.d}, {note})',
             f'  corrected  {span(self.fd_corrected, self.fd_se, self.fd_ci) if self.fd_ci else "none: " + why}']
     if self.kernel: rows.append(f'  kernel     {span(self.kernel.value, self.kernel.se, self.kernel.ci)}   (normalisation: {self.kernel.normalisation})')
     return '\n'.join([*rows, f'  shapes     {self.n_ref} reference, {self.n_gen} generated' + (f';  {", ".join(self.flags)}' if self.flags else '')])

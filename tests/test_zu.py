@@ -67,6 +67,8 @@ def check_cross(c, pair):
     assert auc(*pair) == pytest.approx(x['A'], rel=1e-12, abs=1e-15), c['id']
     assert z['plain'] == pytest.approx(x['z_plain'], rel=1e-9, abs=1e-12), c['id']
     assert z['sd_tie'] == pytest.approx(x['sd_tie'], rel=1e-9), c['id']
+    off = x['U'] - x['n']*x['m']/2
+    if x['sd_tie']: assert z['tie'] == pytest.approx(math.copysign(max(abs(off) - 0.5, 0), off)/x['sd_tie'], rel=1e-9), c['id']
     p = p_values(*pair, exact=False)
     for mine, theirs in (('p_mem', 'less'), ('p_under', 'greater'), ('p_two', 'two-sided')):
         assert p[mine] == pytest.approx(x[f'p_asymptotic_{theirs}'], rel=1e-7, abs=1e-15), (c['id'], mine)
@@ -191,6 +193,9 @@ def test_permutation_is_seeded_and_right():
     drawn, counted = zu._permutation_p(gen, test, seed=3), zu._exact_p(gen, test)
     assert drawn == pytest.approx(counted, abs=5*math.sqrt(0.25/1e5))
     assert drawn == zu._permutation_p(gen, test, seed=3) != zu._permutation_p(gen, test, seed=4)
+    gen, test = rng.normal(-0.35, 1, 40), rng.normal(size=300)       # a sizeable part of all: drawing with replacement would show
+    low, want = zu._permutation_p(gen, test)[0], zu._exact_p(gen, test)[0]
+    assert 0.005 < want < 0.08 and abs(low - want) < 4*math.sqrt(want/1e5)
     p = p_values([-1.]*9, np.arange(5000), seed=1)
     assert (p['p_method'], p['p_mem']) == ('permutation', 1/100_001)
 
@@ -244,6 +249,20 @@ def test_groups_of_one_change_nothing():
     assert b['ci'][0] == pytest.approx(a['ci'][0], abs=0.002)      # Student's t with some 130 degrees of freedom
 
 
+def test_groups_stay_with_their_shapes():
+    rng = make_rng(2)
+    groups = rng.integers(0, 25, 100)
+    gen, test = rng.normal(size=25)[groups] + rng.normal(size=100)/3, rng.normal(size=90)
+    right, mixed = zu_report(gen, test, groups), zu_report(gen, test, rng.permutation(groups))
+    v, w = placements(gen, test)
+    by_hand = 25/24*sum((v[groups == g] - v.mean()).sum()**2 for g in range(25))/100**2 + w.var(ddof=1)/90
+    assert right.se == pytest.approx(math.sqrt(by_hand), rel=1e-9) and right.se > 1.3*mixed.se
+    part = w.var(ddof=1)/90
+    df = by_hand**2/((by_hand - part)**2/24 + part**2/89)       # Welch and Satterthwaite
+    half = stats.t.ppf(0.975, df)*right.se/right.auc/(1 - right.auc)
+    assert right.auc_ci == pytest.approx([1/(1 + (1/right.auc - 1)*math.exp(s*half)) for s in (1, -1)], rel=1e-9)
+
+
 def test_one_group_proves_nothing():
     r = zu_report(np.arange(100), np.arange(100) + 1000, ['the same'] * 100, None)
     assert r.auc == 1 and r.auc_ci[0] < 0.5 and verdict(r)[0] != 'copying'
@@ -264,6 +283,9 @@ def test_paired_difference_against_resampling():
     assert found['difference'] == pytest.approx(auc(a, test) - auc(b, test), abs=1e-15)
     same = auc_difference(a, test, a)
     assert (same['difference'], same['p_two']) == (0, 1)
+    apart = auc_difference([0]*9, [1]*9, [2]*7)      # 1 and 0, no scatter: square and add
+    (low, _), (_, high) = auc_interval([0]*9, [1]*9)['ci'], auc_interval([2]*7, [1]*9)['ci']
+    assert apart['ci'] == pytest.approx((1 - math.hypot(1 - low, high), 1), abs=1e-9)
     other = auc_difference(a, test, b, test_b := test*2)
     assert other['auc_b'] == auc(b, test_b)
 
@@ -392,6 +414,9 @@ def test_verdicts():
     assert word == 'underpowered' and text.startswith('too few shapes') and 'cannot detect less than 51 %' in text
     assert verdict(zu_report(*copies(0, 500, 500)), underpowered_above=0.54)[0] == 'underpowered'
     assert verdict(zu_report([1], [2])) == ('underpowered', 'too few shapes: 1 generated and 1 held-out ones cannot detect any copying')
+    word, text = verdict(zu_report(*copies(0.3, 500, 500), replica_auc=0.75))
+    assert word == 'copying' and 'exact' not in text and zu_report(*copies(0.3, 500, 500), replica_auc=0.75).copy_share > 0.45
+    assert verdict(zu_report(*copies(0.3, 500, 500), replica_auc=0.4))[1].startswith('copying: auc 0.6')
     word, text = verdict(zu_report(np.arange(1, 41) + 99, np.arange(1, 41)))
     assert word == 'no evidence' and 'farther' in text
 
@@ -461,6 +486,27 @@ def test_cells_that_cannot_count():
     with pytest.raises(InputError, match=r'b \(no held-out'): c_t([1, 2, 3], [4, 5], ['a', 'a', 'b'], ['a', 'c'], strict=True)
     for tau in (-0.1, 1, 20):
         with pytest.raises(InputError, match='tau'): c_t([1], [2], 'a', 'a', tau=tau)
+
+
+def test_averages_by_their_formulas():
+    rng = make_rng(9)
+    cells_gen, cells_test = rng.integers(0, 3, 70), rng.integers(0, 3, 50)
+    gen, test = rng.integers(0, 20, 70), rng.integers(2, 22, 50)
+    r, top, var, w, a = c_t(gen, test, cells_gen, cells_test), 0, 0, [], []
+    for c in range(3):
+        q, p = gen[cells_gen == c], test[cells_test == c]
+        m, n, u = len(q), len(p), sum((x > y) + 0.5*(x == y) for x in q for y in p)
+        top, var = top + (u - m*n/2)/(m + n + 1), var + m*n/12/(m + n + 1)
+        w.append(n/50); a.append(1 - u/(m*n))
+    assert r.z_van_elteren == pytest.approx(top/math.sqrt(var), rel=1e-12)
+    assert r.p_van_elteren == pytest.approx(stats.norm.cdf(r.z_van_elteren))
+    assert r.auc_strat == pytest.approx(np.dot(w, a), rel=1e-12)
+    assert r.c_t_norm == pytest.approx(r.c_t/math.sqrt(np.dot(w, w)), rel=1e-12)
+
+
+def test_tau_is_strict():
+    status = lambda tau: [row['status'] for row in c_t([1]*10, [1]*10, 'aabbbbbbbb', 'aabbbbbbbb', tau=tau).cells]
+    assert status(0.2) == ['below tau', 'counts'] and status(0.19) == ['counts', 'counts']
 
 
 def test_nan_in_a_cell():
