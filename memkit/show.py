@@ -224,19 +224,19 @@ class LiveScene:
         return bundle
     def __repr__(self): return f'LiveScene({"k3d" if self.plot is not None else "picture"}, {len(self.png)/1000:.0f} kB)'
 
-# %% ../nbs/14_show.ipynb #0acac1bf
+# %% ../nbs/14_show.ipynb #f2ad3a35
 def _k3d_plot(meshes, colors, size):
-    "k3d plot of meshes in a row, each centred and scaled to the same size, y up."
+    "k3d plot of meshes side by side as the common camera sees them, each scaled to the same size, y up."
     import k3d
-    plot = k3d.plot(height=size, grid_visible=False, menu_visibility=False)
+    a, e = np.radians(VIEW)
+    right, toward = np.array([np.cos(a), 0, -np.sin(a)]), np.array([np.sin(a)*np.cos(e), np.sin(e), np.cos(a)*np.cos(e)])
+    plot = k3d.plot(height=size, grid_visible=False, menu_visibility=False, camera_auto_fit=False, camera_fov=30., axes_helper=0)
     for i, ((V, F), (r, g, b)) in enumerate(zip(meshes, colors)):
         V, F = check_mesh(V, F)
         low, high = V[F].min((0, 1)), V[F].max((0, 1))
-        P = (V - (low + high)/2)/(np.linalg.norm(high - low) or 1.) + [1.1*i, 0, 0]
+        P = (V - (low + high)/2)/(np.linalg.norm(high - low) or 1.) + right*(i - (len(meshes) - 1)/2)
         plot += k3d.mesh(P.astype(np.float32), F.astype(np.uint32), color=r << 16 | g << 8 | b, side='double', flat_shading=True)
-    a, e, x = *np.radians(VIEW), 1.1*(len(meshes) - 1)/2
-    eye = (2 + x)*np.array([np.sin(a)*np.cos(e), np.sin(e), np.cos(a)*np.cos(e)])
-    plot.camera_auto_fit, plot.camera = False, [x + eye[0], eye[1], eye[2], x, 0, 0, 0, 1, 0]
+    plot.camera = [*toward*(2. + .3*(len(meshes) - 1)), 0, 0, 0, 0, 1, 0]
     return plot
 
 # %% ../nbs/14_show.ipynb #ed226ec8

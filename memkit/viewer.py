@@ -195,13 +195,13 @@ function renderer() {
 }
 """
 
-# %% ../nbs/08_viewer.ipynb #dcbc22d9
+# %% ../nbs/08_viewer.ipynb #339e8e68
 _JS_PAINT = r"""
 function paint(scene) {
   const {canvas, gl, at} = shared, [a, e] = [scene.yaw, scene.pitch], ink = getComputedStyle(scene).color.match(/[\d.]+/g);
   const [ca, sa, ce, se] = [Math.cos(a), Math.sin(a), Math.cos(e), Math.sin(e)], dark = (ink || [0]).slice(0, 3).every(x => x > 150);
   for (const {screen, buffer, count, centre, radius, colour} of scene.panels) {
-    const ratio = window.devicePixelRatio || 1, w = Math.round(screen.clientWidth * ratio), h = Math.round(screen.clientHeight * ratio), s = Math.min(w, h);
+    const ratio = Math.min(3, Math.max(2, window.devicePixelRatio)), w = Math.round(screen.clientWidth * ratio), h = Math.round(screen.clientHeight * ratio), s = Math.min(w, h);
     if (!s) continue;
     if (screen.width !== w || screen.height !== h) Object.assign(screen, {width: w, height: h});
     if (canvas.width < w || canvas.height < h) Object.assign(canvas, {width: Math.max(canvas.width, w), height: Math.max(canvas.height, h)});
