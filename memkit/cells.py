@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['holm', 'cell_table', 'CellReport', 'c_t']
 
-# %% ../nbs/35_cells.ipynb #cd3763bf
+# %% ../nbs/35_cells.ipynb #d0639939
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -14,21 +14,26 @@ import numpy as np
 from scipy import stats
 
 from .core import InputError
-from .zu import _distances, _newcombe, auc_interval, p_values, z_u
+from .zu import _distances, _newcombe, auc_interval, p_values, z_scores
 
-# %% ../nbs/35_cells.ipynb #22c2b154
+# %% ../nbs/35_cells.ipynb #eb1a9169
 def _split(
     d:np.ndarray, # (k,) distances
     cells,        # (k,) labels
     side:str,     # `gen` or `test`
 )->dict: # label → its distances
     "Distances by cell. Raises InputError."
-    d, cells = _distances(d, f'd_{side}'), cells.tolist() if isinstance(cells, np.ndarray) else list(cells)
-    if len(cells) != len(d) or any(c is None or c != c for c in cells):
+    d, plain = _distances(d, f'd_{side}'), isinstance(cells, np.ndarray) and cells.ndim == 1 and cells.dtype.kind in 'iuU'
+    cells = cells if plain else list(cells)
+    if len(cells) != len(d) or not plain and any(c is None or c != c for c in cells):
         raise InputError(f'cells_{side}: expected {len(d)} labels, one per distance, none missing; got {len(cells)}')
-    names = {}
-    codes = np.fromiter((names.setdefault(c, len(names)) for c in cells), int, len(cells))
-    order = np.argsort(codes, kind='stable')
+    if plain:
+        names, codes = np.unique(cells, return_inverse=True)
+        names = names.tolist()
+    else:
+        names = {}
+        codes = np.fromiter((names.setdefault(c, len(names)) for c in cells), int, len(cells))
+    order = np.lexsort((d, codes))      # sorted inside a cell as well: later searches then walk instead of jump
     return dict(zip(names, np.split(d[order], np.cumsum(np.bincount(codes))[:-1])))
 
 # %% ../nbs/35_cells.ipynb #fc01caed
@@ -41,7 +46,7 @@ def holm(
     adjusted = np.minimum(1, np.maximum.accumulate((len(p) - np.arange(len(p)))*p[order]))
     return adjusted[np.argsort(order, kind='stable')].tolist()
 
-# %% ../nbs/35_cells.ipynb #702e2396
+# %% ../nbs/35_cells.ipynb #3649f976
 def _row(
     cell, q, p, train,  # label; (m,) generated and (n,) held-out distances or None; number of training shapes or None for unknown
     passes:bool,        # does it hold more than tau of the generated shapes?
@@ -51,10 +56,10 @@ def _row(
     row = dict(cell=cell, m=0 if q is None else len(q), n=0 if p is None else len(p), n_train=train, status='counts', z_u=None, auc=None, auc_ci=None, se=None, p_mem=None, p_holm=None)
     if p is None or train == 0: return row | dict(status='no held-out shapes' if p is None else 'no training shapes')
     if q is None: return row | dict(status='nothing generated', z_u=0.)
-    found = auc_interval(q, p, level=level)
+    found, scores = auc_interval(q, p, level=level), z_scores(q, p)
     wide = (found['ci'][1] - found['ci'][0])/2/stats.norm.ppf((1 + level)/2)     # where DeLong has no scatter: from Newcombe's width
-    return row | dict(status='counts' if passes else 'below tau', z_u=z_u(q, p), auc=found['auc'], auc_ci=found['ci'],
-                      se=found['se'] if found['se'] else float(wide), p_mem=p_values(q, p)['p_mem'])
+    return row | dict(status='counts' if passes else 'below tau', z_u=scores['paper'], auc=found['auc'], auc_ci=found['ci'],
+                      se=found['se'] if found['se'] else float(wide), p_mem=p_values(q, p, scores=scores)['p_mem'])
 
 # %% ../nbs/35_cells.ipynb #304d5f99
 def cell_table(

@@ -6,9 +6,9 @@
 __all__ = ['z_u', 'auc', 'placements', 'auc_interval', 'z_scores', 'p_values', 'min_detectable_auc', 'plan', 'auc_difference',
            'ZuReport', 'zu_report', 'verdict']
 
-# %% ../nbs/31_zu.ipynb #cdb1b232
-import functools, math, warnings
-from dataclasses import dataclass, field, fields
+# %% ../nbs/31_zu.ipynb #23bfd207
+import math, warnings
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import optimize, stats
