@@ -145,6 +145,13 @@ def test_empty_and_tiny_masks():
     for rows in [('#',), ('##',), ('###',), ('##', '##')]: assert (contour_fourier(draw(*rows)) == 0).all()
 
 
+def test_shortest_outline_with_coefficients():
+    "Eight outline pixels, the start counted twice, have frequencies up to four; seven have none."
+    for rows, n, some in [(('.###', '####'), 8, 4), (('###', '###'), 7, 0)]:
+        fd = contour_fourier(draw(*rows), centre=(0, 0))
+        assert len(contour(draw(*rows))[0]) == n and (fd[:some] > 0).all() and (fd[some:] == 0).all()
+
+
 def test_fourier_of_a_wavy_disc():
     "A radius of 60 + 6 cos(5 t) has FD_5 = 3/60 but for the unequal spacing of outline pixels, and little else."
     y, x = np.mgrid[:256, :256] - 128
