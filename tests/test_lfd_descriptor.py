@@ -83,6 +83,13 @@ def test_art_by_interpolation_of_each_pixel():
             np.testing.assert_allclose(c, np.abs(value.mean(0)), atol=1e-13)
 
 
+def test_art_of_a_few_pixels():
+    "The farthest pixel lies on the rim of the table, where all waves are 0; the one in the middle has 1."
+    for n, c in [(1, 1), (2, 0), (3, 1/3)]:
+        line = np.zeros((2, 9, 9), bool); line[0, 4, 3:3 + n] = True
+        np.testing.assert_allclose(art_coefficients(line, view_shapes(line)), [[c]*35, [0]*35], atol=1e-13)
+
+
 def test_geometry_by_the_formulas():
     masks = make_rng(1, 'geometry').random((4, 30, 50)) < np.array([.9, .5, .05, 0])[:, None, None]
     masks[0, 0, 0] = masks[0, -1, -1] = True                          # up to the border: outside is not uncovered
