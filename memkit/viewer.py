@@ -171,7 +171,7 @@ function corners(q, f) {                 // per corner 12 bytes: 3 uint16 positi
 }
 """
 
-# %% ../nbs/08_viewer.ipynb #03e9bb95
+# %% ../nbs/08_viewer.ipynb #1b99676c
 _JS_CONTEXT = r"""
 let shared = null, losses = 0;           // null: not tried yet; false: no WebGL 2 here
 const awake = new Set();
@@ -185,7 +185,9 @@ function renderer() {
     gl.shaderSource(shader, text); gl.compileShader(shader); gl.attachShader(program, shader);
   });
   ['position', 'normal'].forEach((name, i) => gl.bindAttribLocation(program, i, name));
-  gl.linkProgram(program); gl.useProgram(program); gl.enable(gl.DEPTH_TEST);
+  gl.linkProgram(program);
+  if (!gl.getProgramParameter(program, gl.LINK_STATUS)) return shared = false;
+  gl.useProgram(program); gl.enable(gl.DEPTH_TEST);
   for (const name of ['turn', 'centre', 'radius', 'zoom', 'colour', 'sky']) at[name] = gl.getUniformLocation(program, name);
   canvas.addEventListener('webglcontextlost', () => {
     const scenes = [...awake]; scenes.forEach(s => s.sleep()); shared = null;

@@ -197,8 +197,8 @@ def test_pair_png():
 
 
 def test_contact_sheet_and_pairs():
-    fig = contact_sheet([BOX, RING, BALL], ['a$b', 'c_{', '\\frac{'], columns=2)
-    assert isinstance(fig, Figure) and len(fig.axes) == 4 and fig._repr_png_() == contact_sheet([BOX, RING, BALL], ['a$b', 'c_{', '\\frac{'], columns=2)._repr_png_()
+    fig = contact_sheet([BOX, RING, BALL], ['a$b', '$\\nope$', 'c_{'], columns=2)
+    assert isinstance(fig, Figure) and len(fig.axes) == 4 and fig._repr_png_() == contact_sheet([BOX, RING, BALL], ['a$b', '$\\nope$', 'c_{'], columns=2)._repr_png_()
     fig = show_pairs([BOX, RING], [[BALL, RING], [BOX, BALL]], ['q1', 'q2'], [[1, 2], [3, 4.5]])
     assert [t.get_text() for t in fig.axes[1].texts] == ['q2', 'd = 3', 'd = 4.5']
     buffer = io.BytesIO(); fig.savefig(buffer, format='pdf')
@@ -232,11 +232,14 @@ def test_viewer_starts_in_a_browser(tmp_path):
     browser = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
     if not browser: pytest.skip('no chromium to open a page with')
     scenes = [scene_html([BOX, RING], [f'pair {i}', 'x'], height=120, include_script=False) for i in range(20)]
-    (tmp_path/'page.html').write_text(scene_page('<br>'.join(scenes)), encoding='utf-8')
-    done = subprocess.run([browser, '--headless', '--no-sandbox', '--disable-gpu', '--enable-unsafe-swiftshader', f'--user-data-dir={tmp_path/"profile"}',
-                           '--virtual-time-budget=4000', '--window-size=800,600', '--dump-dom', (tmp_path/'page.html').as_uri()],
-                          capture_output=True, text=True, timeout=120)
+    probe = '<script>document.body.dataset.gl = document.createElement("canvas").getContext("webgl2") ? "yes" : "no"</script>'
+    (tmp_path/'page.html').write_text(scene_page(probe + '<br>'.join(scenes)), encoding='utf-8')
+    for budget in (5_000, 20_000, 60_000):   # milliseconds of the page's own clock; a busy machine needs more
+        done = subprocess.run([browser, '--headless', '--no-sandbox', '--disable-gpu', '--enable-unsafe-swiftshader', f'--user-data-dir={tmp_path/"profile"}',
+                               f'--virtual-time-budget={budget}', '--window-size=800,600', '--dump-dom', (tmp_path/'page.html').as_uri()],
+                              capture_output=True, text=True, timeout=120)
+        if 'data-state="live"' in done.stdout: break
+    if 'data-gl="yes"' not in done.stdout: pytest.skip('the browser does not start here, or has no WebGL 2')
     live = done.stdout.count('data-state="live"')
-    if not live and 'WebGL' in done.stderr: pytest.skip('this browser has no WebGL')
-    assert 2 <= live <= 10, 'scenes in view should be live, the others asleep'
+    assert 2 <= live <= 10, f'{live} scenes live; those in view should be, the others asleep'
     assert done.stdout.count('<canvas') == 2*live
