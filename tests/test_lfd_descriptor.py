@@ -88,6 +88,7 @@ def test_art_of_a_few_pixels():
     for n, c in [(1, 1), (2, 0), (3, 1/3)]:
         line = np.zeros((2, 9, 9), bool); line[0, 4, 3:3 + n] = True
         np.testing.assert_allclose(art_coefficients(line, view_shapes(line)), [[c]*35, [0]*35], atol=1e-13)
+        assert view_shapes(line).eccentricity.tolist() == [n > 1, 0]
 
 
 def test_geometry_by_the_formulas():
