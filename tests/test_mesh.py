@@ -121,6 +121,16 @@ def test_scene_graph_as_trimesh(tmp_path):
     np.testing.assert_allclose(volume(V[F]), volume(np.asarray(other.triangles)), rtol=1e-4)   # mirrored parts are turned, as trimesh does
 
 
+def test_rotations_as_trimesh(tmp_path):
+    rng = np.random.default_rng(1)
+    (tmp_path/'part.bin').write_bytes(gltf()[1])
+    for k in range(10):
+        q, nodes = rng.normal(size=4), [dict(mesh=0, rotation=None, translation=rng.normal(size=3).tolist(), scale=rng.random(3).tolist())]
+        nodes[0]['rotation'] = (q/np.linalg.norm(q)).tolist()
+        (tmp_path/'a.gltf').write_text(gltf(nodes=nodes)[0])
+        np.testing.assert_allclose(load_mesh(tmp_path/'a.gltf')[0], trimesh.load(tmp_path/'a.gltf', process=False).to_geometry().vertices, atol=1e-6)
+
+
 SQUARE = 'v 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\n'
 POLYGON = ''.join(f'v {i} {i*i/9!r} 0\n' for i in range(50)) + 'f ' + ' '.join(map(str, range(1, 51)))
 ODD = {
