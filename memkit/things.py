@@ -97,7 +97,7 @@ def airfoil(
     "One wing as a plate."
     return extrude([(0, 0), (span, -sweep), (span, -sweep - tip), (0, -root)], t, t*.4).turn('x', 90)
 
-# %% ../nbs/17_things.ipynb #cdb1a1fc
+# %% ../nbs/17_things.ipynb #817d2296
 def airplane_engines(
     p,                # parameters of AIRPLANE
     wing:tuple,       # x, y, z of a point on the front edge of the wing at half span
@@ -105,7 +105,7 @@ def airplane_engines(
     "Jets or propellers, and their nacelles."
     l, r = p.length/2, p.body
     def jet(n): return revolve([(0, -.2), (n*.55, -.2), (n*.95, -.05), (n, .1), (n*.9, .17), (n*.55, .17), (n*.45, .1), (0, .1)]).turn('x', 90)
-    blade = union(*(box(.075, .3, .06).move(0, .15, 0).turn('z', 360*k/p.blades + 20) for k in range(p.blades)), rod((0, 0, -.06), (0, 0, .06), .06))
+    blade = union(*(box(.085, .3, .07).move(0, .15, 0).turn('z', 360*k/p.blades + 20) for k in range(p.blades)), rod((0, 0, -.06), (0, 0, .06), .06))
     x, y, z = wing
     if p.engines == 'propeller' or p.wings == 'double': return blade.stretch(1.15, 1.15, 1.15).move(0, 0, l)
     if p.engines == 'rear jets': return (jet(.1).move(r + .14, r*.5, -l*.55) | box(.3, .07, .2).move(r + .05, r*.5, -l*.55)).mirror('x')
@@ -126,7 +126,7 @@ def airplane_tail(
     fin = airfoil(h + .1, .36, .2, .2).turn('z', 90).move(0, 0, z)
     return fin | side.move(0, h + .07 if p.tail == 'T' else .03, z - (.14 if p.tail == 'T' else .03)).mirror('x')
 
-# %% ../nbs/17_things.ipynb #57eb4330
+# %% ../nbs/17_things.ipynb #8e4e7e1f
 def airplane(
     p, # parameters of AIRPLANE
 )->Solid: # a length of about two, facing +z
@@ -140,8 +140,8 @@ def airplane(
     parts = [hull, wing, airplane_tail(p), airplane_engines(p, (p.span*.45, y + rise*.9, at - p.sweep*p.span*.36)), ellipsoid(r*.55, r*.75, .28).move(0, r*.65, l*.45)]
     if p.wings == 'double':
         gap = y + 2.2*r + .16
-        parts += [one.turn('z', p.dihedral).move(0, gap, at).mirror('x'), rod((p.span*.62, y + rise*1.2, at - .1 - p.sweep*p.span*.5), (p.span*.62, gap + rise*1.2, at - .1 - p.sweep*p.span*.5), .032).mirror('x'), rod((r*.5, 0, at - .12), (r*.5, gap, at - .12), .032).mirror('x')]
-    if p.gear: parts.append((rod((r*.4, -r*.5, at - .2), (r + .08, -r - .15, at - .2), .035) | cylinder(.09, .08, .02).turn('z', 90).move(r + .1, -r - .15, at - .2)).mirror('x'))
+        parts += [one.turn('z', p.dihedral).move(0, gap, at).mirror('x'), rod((p.span*.62, y + rise*1.2, at - .1 - p.sweep*p.span*.5), (p.span*.62, gap + rise*1.2, at - .1 - p.sweep*p.span*.5), .042).mirror('x'), rod((r*.5, 0, at - .12), (r*.5, gap, at - .12), .042).mirror('x')]
+    if p.gear: parts.append((rod((r*.4, -r*.5, at - .2), (r + .1, -r - .15, at - .2), .05) | cylinder(.1, .1, .02).turn('z', 90).move(r + .1, -r - .15, at - .2)).mirror('x'))
     return union(*parts)
 
 # %% ../nbs/17_things.ipynb #01a61aa5
@@ -372,7 +372,7 @@ def figurine_arm(
     arm = tube([(side*s, y, 0), (side*elbow[0], *elbow[1:]), (side*hand[0], *hand[1:])], [r*1.1, r, r*.9]) | ball(r*1.2).move(side*hand[0], *hand[1:])
     return arm, (side*hand[0], *hand[1:])
 
-# %% ../nbs/17_things.ipynb #feb821a6
+# %% ../nbs/17_things.ipynb #b82ab95e
 def figurine_wear(
     p,                 # parameters of FIGURINE
     hip:float, y:float,# heights of hip and shoulders
@@ -380,10 +380,10 @@ def figurine_wear(
     "Clothes below the shoulders."
     b, foot = p.build, .06
     line = {'skirt': [(.0, hip + .2), (.13*b, hip + .2), (.3*b, hip*.5), (0, hip*.5)], 'gown': [(0, hip + .25), (.12*b, hip + .25), (.2*b, hip*.7), (.33*b, foot), (0, foot)], 'tunic': [(0, hip + .3), (.17*b, hip + .3), (.2*b, hip*.72), (0, hip*.72)]}.get(p.clothes)
-    if p.clothes == 'cape': return [extrude([(-.16*b, y), (.16*b, y), (.32*b, hip*.25), (-.32*b, hip*.25)], .075, .02).turn('x', 7).move(0, .0, -.1 - .07*b)]
+    if p.clothes == 'cape': return [extrude([(-.16*b, y), (.16*b, y), (.32*b, hip*.25), (-.32*b, hip*.25)], .09, .02).turn('x', 7).move(0, .0, -.1 - .07*b)]
     return [revolve(line, .015).stretch(1, 1, .8)] if line else []
 
-# %% ../nbs/17_things.ipynb #c5e22fd2
+# %% ../nbs/17_things.ipynb #f7789717
 def figurine_hat(
     p, # parameters of FIGURINE
 )->list[Solid]: # for a head around the origin
@@ -391,7 +391,7 @@ def figurine_hat(
     h = p.head
     return {'none': [], 'brim': [cylinder(h*1.6, .05, .01).move(0, h*.55, 0), cylinder(h*.9, h*.9, .03).move(0, h, 0)], 'cone': [revolve([(0, h*.35), (h*1.2, h*.35), (h*1.15, h*.55), (.03, h*2.5), (0, h*2.5)])],
             'crown': [revolve([(h*.7, h*.4), (h*.98, h*.4), (h*1.1, h*1.1), (h*.8, h*1.1)]), cylinder(h*.9, .1).move(0, h*.5, 0), around(ball(.045).move(0, h*1.2, h*.92), 6)],
-            'helmet': [ball(h*1.22) - box(h*3, h*2, h*3).move(0, -h*.85, h*.35) - box(h*3, h*2, h*3).move(0, -h*1.5, 0), extrude([(-h*1.3, h*.6), (-h*.9, h*1.75), (h*.6, h*1.75), (h*1.1, h*1.)], .06).turn('y', 90)],
+            'helmet': [ball(h*1.35) - box(h*3, h*2, h*3).move(0, -h*.85, h*.35) - box(h*3, h*2, h*3).move(0, -h*1.5, 0), extrude([(-h*1.3, h*.6), (-h*.9, h*1.75), (h*.6, h*1.75), (h*1.1, h*1.)], .06).turn('y', 90)],
             'bun': [ball(h*.5).move(0, h*1.1, -h*.4), ball(h*1.05).move(0, h*.12, -h*.12)]}[p.hat]
 
 # %% ../nbs/17_things.ipynb #e1678a7d
@@ -499,7 +499,7 @@ def toy_rings(
     top = .1 + n*r*1.75 + r
     return parts + [cylinder(.1 + p.ears*.3, top).move(0, top/2, 0), cylinder(p.body*1.3, .12, .05).move(0, .06, 0), ball(p.head*.55).move(0, top + p.head*.2, 0)], top, top + p.head*.7
 
-# %% ../nbs/17_things.ipynb #58afbbf6
+# %% ../nbs/17_things.ipynb #13d3122b
 def toy(
     p, # parameters of TOY
 )->Solid: # standing on y = 0, facing +z
@@ -510,7 +510,7 @@ def toy(
         f = z + {'robot': p.body*.6, 'duck': p.head*.7}.get(p.kind, p.body*.72)
         if p.neck == 'bow': parts = parts + [ellipsoid(.17, .11, .07).move(.17, neck - .04, f).mirror('x'), ball(.075).move(0, neck - .04, f + .02)]
         else: parts = parts + [ring({'robot': .17, 'duck': p.head*.68}.get(p.kind, p.head*.8), .075).move(0, neck + .02, z), box(.15, .3, .08, .02).move(.1, neck - .15, f)]
-    if p.hat and p.kind != 'rings': parts = parts + [cylinder(p.head*.75, .06, .01).move(0, top - .02, z), cylinder(p.head*.48, p.head*.75, .02).move(0, top + p.head*.32, z)]
+    if p.hat and p.kind not in ('train', 'rings'): parts = parts + [cylinder(p.head*.75, .06, .01).move(0, top - .02, z), cylinder(p.head*.48, p.head*.75, .02).move(0, top + p.head*.32, z)]
     if p.stand == 'none' or p.kind in ('train', 'rings'): return union(*parts)
     solid = union(*parts)
     (x0, y0, z0), (x1, _, z1) = solid.lo, solid.hi
@@ -519,14 +519,14 @@ def toy(
     if p.stand == 'plate': return solid | board
     return solid | board | cylinder(.17, .11, .03).turn('z', 90).move(w/2 + .03, y0 - .1, c + d*.33).mirror('x') | cylinder(.17, .11, .03).turn('z', 90).move(w/2 + .03, y0 - .1, c - d*.33).mirror('x')
 
-# %% ../nbs/17_things.ipynb #fe283b82
+# %% ../nbs/17_things.ipynb #a34748be
 def toy_words(
     p, # parameters of TOY
 )->tuple[str, str, str]: # phrase, sentence, paragraph
     "Captions of a toy."
     kind = {'bear': 'teddy bear', 'rabbit': 'toy rabbit', 'duck': 'toy duck', 'robot': 'toy robot', 'train': 'toy locomotive', 'rings': 'stack of rings'}[p.kind]
     plain = p.kind in ('train', 'rings')
-    worn = ' and '.join(w for w in ({'plain': '', 'bow': 'a bow', 'scarf': 'a scarf'}[p.neck] if not plain else '', 'a hat' if p.hat and p.kind != 'rings' else '') if w)
+    worn = ' and '.join(w for w in ({'plain': '', 'bow': 'a bow', 'scarf': 'a scarf'}[p.neck] if not plain else '', 'a hat' if p.hat and not plain else '') if w)
     stand = {'none': '', 'wheels': 'on four wheels', 'plate': 'on a board'}[p.stand] if not plain else ''
     detail = {'rings': f'{spell(p.count, "ring")} of falling size sit on a peg with a ball on top', 'robot': f'A row of {spell(p.count, "button")} crosses its chest', 'train': f'It has a cabin, a boiler with a dome, a chimney and {spell(max(2, p.count - 1), "wheel")} on each side',
               'duck': 'It has a round head with a flat beak, wings at its sides and a tail that points up', 'bear': 'It sits with its legs forward and has round ears and a snout', 'rabbit': 'It sits with its legs forward and has long upright ears'}[p.kind]
