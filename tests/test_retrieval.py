@@ -87,8 +87,8 @@ def test_within_a_set(golden_set):
 
 
 def test_a_tie_that_only_the_weakest_bound_sees():
-    "Shape 0 is as far as 40 others; its interval bound is exact, theirs are 0, so it is visited last and must still win."
-    gallery = np.zeros((41, 10, 10, 47), np.uint8)
+    "Shape 0 is as far as 64 others; its interval bound is exact, theirs are 0, so it is visited last and must still win."
+    gallery = np.zeros((65, 10, 10, 47), np.uint8)  # 64 = two batches
     gallery[0, :, :, 0] = 9
     gallery[1:, ::2, :, 0], gallery[1:, 1::2, :, 1] = 9, 9
     query = np.zeros((1, 10, 10, 47), np.uint8)
