@@ -89,7 +89,7 @@ def ellipsoid(
     small = min(rx, ry, rz)
     return Solid(lambda x, y, z: (_length(x/rx, y/ry, z/rz) - 1)*small, (-rx, -ry, -rz), (rx, ry, rz))
 
-# %% ../nbs/07_solids.ipynb #6fd562fc
+# %% ../nbs/07_solids.ipynb #dcee81e6
 def rod(
     a:tuple,            # first end, x y z
     b:tuple,            # second end
@@ -106,7 +106,7 @@ def rod(
         px, py, pz = x - a[0], y - a[1], z - a[2]
         t = px*u[0] + py*u[1] + pz*u[2]                           # along the axis
         w = _length(px - t*u[0], py - t*u[1], pz - t*u[2])        # across
-        k = (t + w*(s/c)).clip(0, l)                              # centre of the ball that is nearest
+        k = (t - w*(s/c)).clip(0, l)                              # centre of the ball that is nearest
         return _length(w, t - k) - ra + k*s
     lo = [min(p - ra, q - rb) for p, q in zip(a, b)]; hi = [max(p + ra, q + rb) for p, q in zip(a, b)]
     return Solid(f, tuple(lo), tuple(hi))

@@ -414,7 +414,7 @@ def figurine(
     base = {'round': lambda: cylinder(d, .09, .02), 'square': lambda: box(1.75*d, .09, 1.75*d, .015), 'step': lambda: cylinder(d, .07, .01) | cylinder(d*1.2, .08, .01).move(0, -.07, 0)}[p.base]().move(0, .04, 0)
     return union(base, trunk, rod((0, y, 0), (0, c, 0), .06), head, left, right, *figurine_wear(p, hip, y), *held)
 
-# %% ../nbs/17_things.ipynb #ace3a918
+# %% ../nbs/17_things.ipynb #15bb945e
 def figurine_words(
     p, # parameters of FIGURINE
 )->tuple[str, str, str]: # phrase, sentence, paragraph
@@ -425,7 +425,8 @@ def figurine_words(
     worn = {'trousers': '', 'skirt': 'a skirt', 'gown': 'a long gown', 'cape': 'a cape', 'tunic': 'a tunic'}[p.clothes]
     gear = ' and '.join(w for w in (worn, hat) if w)
     held = '' if p.held == 'nothing' else f' holding {an(p.held)}'
-    return told(f'{build} figurine {f"in {worn}" if worn else f"with {hat}" if hat else held}', f'{an(f"{build} standing figurine")}{" with " + gear if gear else ""}{held}',
+    pose = {'down': 'its arms down', 'raised': 'both arms raised', 'on hips': 'hands on its hips', 'outstretched': 'arms stretched out', 'waving': 'one arm raised', 'folded': 'arms folded'}[p.arms]
+    return told(f'{build} figurine {f"in {worn}" if worn else f"with {hat}" if hat else held}', f'{an(f"{build} standing figurine")}{" with " + gear if gear else ""}{held}, {pose}',
                 arms, '' if p.clothes == 'gown' else {'together': 'The legs are close together.', 'apart': 'The legs stand apart.', 'striding': 'The figure takes a step.'}[p.legs],
                 f'The head is {grade(p.head/p.stature, .2, .27, "small", "of medium size", "large")}{" and looks ahead" if abs(p.turn) < 10 else " and turned to one side"}', f'It stands on a {dict(step="two-stepped").get(p.base, p.base)} base')
 
@@ -519,16 +520,19 @@ def toy(
     if p.stand == 'plate': return solid | board
     return solid | board | cylinder(.17, .11, .03).turn('z', 90).move(w/2 + .03, y0 - .1, c + d*.33).mirror('x') | cylinder(.17, .11, .03).turn('z', 90).move(w/2 + .03, y0 - .1, c - d*.33).mirror('x')
 
-# %% ../nbs/17_things.ipynb #a34748be
+# %% ../nbs/17_things.ipynb #08bf6a04
 def toy_words(
     p, # parameters of TOY
 )->tuple[str, str, str]: # phrase, sentence, paragraph
     "Captions of a toy."
+    n = max(2, p.count - 1) if p.kind == 'train' else p.count
+    full = {'bear': 'sitting teddy bear with round ears', 'rabbit': 'sitting toy rabbit with long ears', 'duck': 'toy duck with a flat beak', 'robot': f'toy robot with {spell(n, "button")} on its chest',
+            'train': f'toy locomotive with {spell(n, "wheel")} on each side', 'rings': f'stack of {spell(n, "ring")} on a peg'}[p.kind]
     kind = {'bear': 'teddy bear', 'rabbit': 'toy rabbit', 'duck': 'toy duck', 'robot': 'toy robot', 'train': 'toy locomotive', 'rings': 'stack of rings'}[p.kind]
     plain = p.kind in ('train', 'rings')
     worn = ' and '.join(w for w in ({'plain': '', 'bow': 'a bow', 'scarf': 'a scarf'}[p.neck] if not plain else '', 'a hat' if p.hat and not plain else '') if w)
     stand = {'none': '', 'wheels': 'on four wheels', 'plate': 'on a board'}[p.stand] if not plain else ''
-    detail = {'rings': f'{spell(p.count, "ring")} of falling size sit on a peg with a ball on top', 'robot': f'A row of {spell(p.count, "button")} crosses its chest', 'train': f'It has a cabin, a boiler with a dome, a chimney and {spell(max(2, p.count - 1), "wheel")} on each side',
-              'duck': 'It has a round head with a flat beak, wings at its sides and a tail that points up', 'bear': 'It sits with its legs forward and has round ears and a snout', 'rabbit': 'It sits with its legs forward and has long upright ears'}[p.kind]
+    detail = {'rings': 'The rings become smaller upwards and a ball sits on top', 'robot': 'Its body, head and hands are boxes, and its eyes are balls', 'train': 'It has a cabin, a boiler with a dome and a chimney that widens',
+              'duck': 'It has a round head with a flat beak, wings at its sides and a tail that points up', 'bear': 'Its legs point forward and its face has a snout', 'rabbit': 'Its legs point forward and its ears stand up'}[p.kind]
     size = f'The head is {grade(p.head/p.body, .74, .9, "small", "of medium size", "large")} compared with the body' if not plain else f'The {"chimney is" if p.kind == "train" else "top ring is"} {grade(p.head if p.kind == "train" else p.snout, .3 if p.kind == "train" else .53, .34 if p.kind == "train" else .67, "small", "of medium size", "large")}'
-    return told(f'{kind} {stand}', f'{an(kind)}{f" {stand}" if stand else ""}{f" with {worn}" if worn else ""}', detail, size, f'Its body is {grade(p.wide, .96, 1.08, "narrow", "of medium width", "wide")}' if p.kind != 'rings' else '')
+    return told(f'{kind} {stand}', f'{an(full)}{f", {stand}" if stand else ""}{f", wearing {worn}" if worn else ""}', detail, size, f'Its body is {grade(p.wide, .96, 1.08, "narrow", "of medium width", "wide")}' if p.kind != 'rings' else '')
