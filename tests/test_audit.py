@@ -54,6 +54,7 @@ def test_copies_turned_by_30_degrees_are_copying(real_audit):
 def test_sources_of_arbitrarily_turned_copies_are_found(real_audit):
     assert sources_found(real_audit[1], 'turned') >= 19
     assert sources_found(real_audit[1], 'noisy') >= 17
+    assert real_audit[1]['turned'].zu.auc == pytest.approx(.67, abs=.005), 'the page quotes this figure'
 
 
 def test_the_record_is_complete(real_audit):
