@@ -26,6 +26,11 @@ REPLICAS = {'remesh': ('shuffle', 'decimate 50%', 'decimate 10%', 'subdivide', '
             'part': ('drop', 'scale 1.3', 'scale 1.6', 'swap'),
             'composite': ('remesh, yaw and noise',)}
 
+# %% ../nbs/17_replicas.ipynb #d6839433
+def _used(V, F): # drop the vertices that no face uses
+    keep, index = np.unique(F, return_inverse=True)
+    return V[keep], index.reshape(-1, 3).astype(np.int64)
+
 # %% ../nbs/17_replicas.ipynb #cd5c3fbb
 def cluster_vertices(
     V:np.ndarray,  # (v,3) float
@@ -41,11 +46,6 @@ def cluster_vertices(
     G = G[(G[:, 0] != G[:, 1]) & (G[:, 1] != G[:, 2]) & (G[:, 2] != G[:, 0])]
     _, first = np.unique(np.sort(G, 1), axis=0, return_index=True)
     return _used(merged, G[np.sort(first)])
-
-# %% ../nbs/17_replicas.ipynb #d6839433
-def _used(V, F): # drop the vertices that no face uses
-    keep, index = np.unique(F, return_inverse=True)
-    return V[keep], index.reshape(-1, 3).astype(np.int64)
 
 # %% ../nbs/17_replicas.ipynb #dd91dbad
 def decimate(

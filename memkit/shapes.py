@@ -6,7 +6,7 @@
 __all__ = ['CATEGORIES', 'FAMILIES', 'LEVELS', 'Shape', 'sample_shape', 'shape_set', 'replicate', 'plant_replicas', 'REPLICAS',
            'Replica']
 
-# %% ../nbs/18_shapes.ipynb #4dda5542
+# %% ../nbs/18_shapes.ipynb #c1bb6a4f
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,11 +16,11 @@ from .core import InputError, make_rng
 from .replicas import REPLICAS, Replica, plant_replicas, replicate
 from .sdf import sdf_to_mesh
 from .solids import Solid, fit
-from . import furniture, things, vessels
+from . import furniture, things, vehicles, vessels
 
-# %% ../nbs/18_shapes.ipynb #ef8e6c6e
+# %% ../nbs/18_shapes.ipynb #6f99c60b
 CATEGORIES = tuple('chair table bed bookshelf lamp mug vase teapot bottle car airplane sword gun guitar figurine toy'.split())
-_HOME = {name: module for module in (furniture, vessels, things) for name in CATEGORIES if name in module.__all__}
+_HOME = {name: module for module in (furniture, vessels, vehicles, things) for name in CATEGORIES if name in module.__all__}
 FAMILIES = {name: (getattr(_HOME[name], name.upper()), getattr(_HOME[name], name), getattr(_HOME[name], f'{name}_words')) for name in CATEGORIES}
 
 # %% ../nbs/18_shapes.ipynb #9bebb444

@@ -105,12 +105,12 @@ def test_nearest_neighbours_within_a_category_differ(category):
 def test_categories_can_be_told_apart():
     "A descriptor of six numbers (moments and box) and the nearest neighbour among others: far better than chance, 1/16."
     def describe(shape):
-        V, F = shape.mesh(48)
+        V, F = shape.mesh(40)
         m = trimesh.Trimesh(V, F, process=False)
         box = np.ptp(V, axis=0)
         rings = [(np.linalg.norm(V[:, [0, 2]], axis=1)[(V[:, 1] > q0*box[1]) & (V[:, 1] <= q1*box[1])]) for q0, q1 in ((-.6, -.25), (-.25, 0), (0, .25), (.25, .6))]
         return np.concatenate([box, [m.volume, m.area/5], *([r.mean() if len(r) else 0, r.std() if len(r) else 0] for r in rings)])
-    shapes = shape_set(16*12, seed=4)
+    shapes = shape_set(16*8, seed=4)
     X = np.stack([describe(s) for s in shapes]); X = (X - X.mean(0))/X.std(0)
     label = np.array([s.category for s in shapes])
     d = np.linalg.norm(X[:, None] - X[None], axis=2); np.fill_diagonal(d, np.inf)
