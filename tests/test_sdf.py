@@ -94,6 +94,15 @@ def test_continuation_follows_an_overestimating_field():
     assert V[:, 2].max() == pytest.approx(.8, abs=.03)
 
 
+def test_a_speck_inside_one_coarse_cell_is_found():
+    "Nothing leads to it: only the bound itself keeps its cell."
+    def field(p): return np.minimum(np.linalg.norm(p + .4, axis=1) - .3, np.linalg.norm(p - .4375*1.01, axis=1) - .03)
+    V, F = sdf_to_mesh(field, 128, lipschitz=1.)
+    W, G = sdf_to_mesh(field, 128, 'dense')
+    assert trimesh.Trimesh(V, F, process=False).body_count == 2
+    assert np.array_equal(V, W) and np.array_equal(F, G)
+
+
 def test_torch_fields():
     torch = pytest.importorskip('torch')
     V, F = sdf_to_mesh(lambda p: torch.linalg.vector_norm(torch.from_numpy(p).float(), dim=1) - .8, 32)

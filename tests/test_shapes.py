@@ -163,7 +163,7 @@ FACTS = {
     'mug': [('eight-sided', lambda p: p.sides == 8), ('square handle', lambda p: p.handle == 'square'), ('two bands', lambda p: p.bands == 2), ('spreads out', lambda p: p.foot == 'flared')],
     'vase': [('no handles', lambda p: p.handles == 'none'), ('two knobs', lambda p: p.handles == 'knobs'), ('stem', lambda p: p.pedestal == 'stem'), ('four-sided', lambda p: p.sides == 4)],
     'teapot': [('over the lid', lambda p: p.handle == 'overhead'), ('pear-shaped', lambda p: p.body == 'pear'), ('four round feet', lambda p: p.foot == 'feet'), ('straight spout', lambda p: p.spout == 'straight')],
-    'bottle': [('cork', lambda p: p.cap == 'cork'), ('no handle', lambda p: not p.handle), ('no collar', lambda p: not p.collar), ('sunk', lambda p: p.label == 'sunk')],
+    'bottle': [('sloped shoulder', lambda p: p.shoulder == 'sloped'), ('cork', lambda p: p.cap == 'cork'), ('no handle', lambda p: not p.handle), ('no collar', lambda p: not p.collar), ('sunk', lambda p: p.label == 'sunk')],
     'car': [('roof rack', lambda p: p.roof == 'rack'), ('cargo bed', lambda p: p.style == 'pickup'), ('Bumpers stand out', lambda p: p.bumper), ('spare wheel', lambda p: p.style == 'jeep')],
     'airplane': [('biplane', lambda p: p.wings == 'double'), ('like a T', lambda p: p.tail == 'T'), ('wheels hang', lambda p: p.gear), ('four jets', lambda p: p.engines == 'four jets' and p.wings != 'double')],
     'sword': [('ridge', lambda p: p.ridge), ('curved blade', lambda p: p.blade == 'curved'), ('disc-shaped guard', lambda p: p.guard == 'disc'), ('smooth', lambda p: p.rings == 0)],
