@@ -47,7 +47,7 @@ class ShapeSet:
     def digest(self): return sha256_of(json.dumps([self.data.descriptor, self.ids, self.data.sources]))
     def mesh(self, name): return load_mesh(self.paths[name])
 
-# %% ../nbs/36_audit.ipynb #02e6b553
+# %% ../nbs/36_audit.ipynb #16712809
 def describe_set(
     name:str,            # what the set is called on the page
     source:str|Path,     # folder of meshes, or a light field database
@@ -63,7 +63,7 @@ def describe_set(
         paths = {}
     else:
         paths = find_meshes(source)
-        made = {d.name: build_database(paths, Path(out)/f'{name}-{d.name}', distance=d, n_jobs=n_jobs, desc=f'{name}: {d.label}') for d in (lfd, distance)}
+        made = {d.name: build_database(paths, Path(out)/f'{name}-{d.name}', distance=d, n_jobs=n_jobs, desc=f'{name}: {d.label}') for d in {lfd.name: lfd, distance.name: distance}.values()}
         data, looks = made[distance.name], made['lfd']
     failures = {**looks.failures, **data.failures}
     kept = [i for i in data.ids if i not in failures]

@@ -34,18 +34,18 @@ def _memkit(
         print(f'memkit {__version__}')
         raise typer.Exit()
 
-# %% ../nbs/99_cli.ipynb #a6978d78
+# %% ../nbs/99_cli.ipynb #aed253b7
 def main(
     args:list[str]|None=None, # the command line without the program's name; default: `sys.argv`
 )->int: # never returns: raises SystemExit with the exit code
     "Run the `memkit` command."
     args = sys.argv[1:] if args is None else args
     try: app(args=args, prog_name='memkit', standalone_mode=True)
-    except InputError as e: error, code = str(e), 2
-    except KeyboardInterrupt: error, code = 'interrupted; the same command goes on from here', 130
     except BrokenPipeError: raise SystemExit(1)
-    except Exception as e: error, code = f'{type(e).__name__}: {e}', 1
-    if '--debug' in args: traceback.print_exc()
+    except (Exception, KeyboardInterrupt) as e:
+        if '--debug' in args: traceback.print_exc()
+        error, code = ((str(e), 2) if isinstance(e, InputError) else ('interrupted; the same command goes on from here', 130) if isinstance(e, KeyboardInterrupt)
+                       else (f'{type(e).__name__}: {e}', 1))
     hint = '' if code != 1 or '--debug' in args else '\n(memkit --debug … shows where)'
     print(f'memkit: {error}{hint}', file=sys.stderr)
     raise SystemExit(code)
