@@ -107,14 +107,14 @@ def gun_long(
     if p.sight: parts.append(box(.06, .16, .06).move(out - .16, .13, 0))
     return parts + gun_below(p, -b*.22, -.1)
 
-# %% ../nbs/17_things.ipynb #0c79406e
+# %% ../nbs/17_things.ipynb #a183ef9c
 def gun_short(
     p, # parameters of GUN
 )->list[Solid]:
     "Body and barrel of a pistol or a revolver."
     b, d, r, l = p.body*.75, p.depth, p.bore, p.barrel*.5
     if p.kind == 'pistol':
-        parts = [box(b + l*.5, .2, d, .025).move(l*.25, 0, 0), box(b*.8, .12, d*.85, .01).move(0, -.12, 0), cylinder(r, l).turn('z', 90).move(b/2 + l/2 + .1, .02, 0), gun_muzzle(p, b/2 + l + .1, r).move(0, .02, 0)]
+        parts = [box(b + l*.5, .2, d, .025).move(l*.25, 0, 0), box(b*.8, .12, d*.85, .01).move(0, -.12, 0), cylinder(r, l + .2).turn('z', 90).move(b/2 + l/2, .02, 0), gun_muzzle(p, b/2 + l + .1, r).move(0, .02, 0)]
         back, top = b/2 - .08, .13
     else:
         drum = around(cylinder(.05, .2).move(.15, 0, 0), 6) | cylinder(.165, .24, .02)

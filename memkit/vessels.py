@@ -55,7 +55,7 @@ def mug(
         profiles.append([(at(t) - w/2, t*h - .07), (at(t) + .08, t*h - .07), (at(t) + .08, t*h + .07), (at(t) - w/2, t*h + .07)])
     return union(mug_handle(p), *(revolve(line, sides=p.sides) for line in profiles))
 
-# %% ../nbs/16_vessels.ipynb #62835ff8
+# %% ../nbs/16_vessels.ipynb #6db961e3
 def mug_words(
     p, # parameters of MUG
 )->tuple[str, str, str]: # phrase, sentence, paragraph
@@ -66,7 +66,7 @@ def mug_words(
     foot = {'none': 'no foot', 'ring': 'a narrow foot', 'flared': 'a foot that spreads out'}[p.foot]
     return told(f'{tall} {sides} mug', f'{an(f"{tall} {sides} mug")} with {an(p.handle)} handle and {spell(p.bands, "band") if p.bands else "a plain wall"}',
                 f'The body {form} and its wall {grade(p.belly, -.03, .1, "curves inwards", "is nearly straight", "bulges")}',
-                f'The handle is {grade(p.handle_size, .6, .74, "small", "of medium size", "large")} and {grade(p.handle_width, .12, .15, "slender", "of medium thickness", "thick")}, its form {p.handle}',
+                f'The handle is {grade(p.handle_size, .6, .74, "small", "of medium size", "large")} and {grade(p.handle_width, .12, .15, "slender", "of medium thickness", "thick")}',
                 f'It has {foot} and {grade(p.lip, .04, .08, "a plain rim", "a slight lip", "a lip that turns out")}')
 
 # %% ../nbs/16_vessels.ipynb #1fc431a8
@@ -86,7 +86,7 @@ def vase_handles(
     path = [(at(top) - w/2, top + .1, 0), (at(mid) + .3, top + .05, 0), (at(mid) + .35, (top + mid)/2, 0), (at(mid) - w/2, mid, 0)]
     return [tube(curve(path, 4), .09).mirror('x')]
 
-# %% ../nbs/16_vessels.ipynb #c6e2a478
+# %% ../nbs/16_vessels.ipynb #e134b6bf
 def vase(
     p, # parameters of VASE
 )->Solid: # radii of about 1
@@ -97,7 +97,9 @@ def vase(
     def at(y): return float(np.interp(y, line[:, 1], line[:, 0]))
     along = np.gradient(line, axis=0)                                                # the wall has the same thickness on every slope
     inset = line + w*1.1*np.stack([-along[:, 1], along[:, 0]], 1)/np.linalg.norm(along, axis=1, keepdims=True)
-    inner = [(p.neck + p.lip - w*1.1, h)] + [(max(x, .07), y) for x, y in inset[-2::-1] if w*2 < y < h - .01]
+    end = int(np.argmax(inset[:, 1] >= h)) or len(inset) - 1                         # where the inner wall meets the rim
+    rim = float(np.interp(h, inset[end - 1:end + 1, 1], inset[end - 1:end + 1, 0]))
+    inner = [(max(rim, .07), h)] + [(max(x, .07), y) for x, y in inset[end - 1::-1] if y > w*2]
     profiles = [line.tolist() + inner + [(0, inner[-1][1]), (0, 0)]]
     if p.pedestal == 'ring': profiles.append([(0, .05), (foot*1.1, .05), (foot*1.25, -.12), (0, -.12)])
     if p.pedestal == 'stem': profiles.append([(0, .1), (foot*.8, .05), (max(foot*.45, .12), -.15), (max(foot*.5, .12), -.3), (foot*1.2, -.42), (foot*1.2, -.54), (0, -.54)])
