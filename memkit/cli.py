@@ -130,7 +130,7 @@ def fpd(
     print(report)
     if out: write_json(out, report.to_dict())
 
-# %% ../nbs/99_cli.ipynb #c695359c
+# %% ../nbs/99_cli.ipynb #a99e0744
 @app.command()
 def audit(
     gen: Annotated[list[Path], typer.Option(help='Folder of generated meshes; give it several times for several generators.')],
@@ -149,6 +149,9 @@ def audit(
     if each and len(gen) != 1: raise InputError(f'--each: expected one --gen, got {len(gen)}')
     report = run_audit(gen=gen[0] if each else gen, train=train, test=test, out=out, metric=metric, groups=groups, each=each, n_jobs=jobs, max_gb=memory)
     print(f'{report}\n{out/"report.html"}')
+    for name, s in dict(train=report.train, test=report.test, **{n: j.shapes for n, j in report.judgements.items()}).items():
+        for i, (shape, why) in enumerate(s.failures.items()): i < 5 and print(f'not measured: {name}: {shape}: {why}', file=sys.stderr)
+        if len(s.failures) > 5: print(f'not measured: {name}: {len(s.failures) - 5} more, listed in the report', file=sys.stderr)
     if not exit_zero and any(j.verdict == 'copying' for j in report.judgements.values()): raise typer.Exit(1)
 
 # %% ../nbs/99_cli.ipynb #eaf94ca9

@@ -63,6 +63,9 @@ def test_audit_ends_with_0_or_1_by_its_verdict(folders):
     fresh = memkit('audit', '--gen', folders/'gen', *common, '--out', folders/'out')
     assert fresh.returncode == 0, fresh.stderr
     assert 'report.html' in fresh.stdout
+    (folders/'gen'/'broken.obj').write_text('garbage')
+    again = memkit('audit', '--gen', folders/'gen', *common, '--out', folders/'out')
+    assert 'not measured: gen: broken' in again.stderr and again.stdout == fresh.stdout
     copy = folders/'copies'
     copy.mkdir()
     for p in (folders/'train').iterdir(): (copy/p.name).write_bytes(p.read_bytes())
