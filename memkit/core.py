@@ -156,13 +156,13 @@ def _cpu_name()->str:
     except OSError: pass
     return platform.processor() or platform.machine()
 
-# %% ../nbs/00_core.ipynb #78c889d9
+# %% ../nbs/00_core.ipynb #b6cede0f
 def provenance(
     **extra, # further fields, e.g. `seed=0, profile='smoke'`
 )->dict: # JSON-ready
     "Where a number was made: memkit version and commit, python, platform, cpu, library versions, UTC date."
     libraries = {}
-    for name in ('numpy', 'scipy', 'numba', 'trimesh', 'scikit-image', 'torch'):
+    for name in ('numpy', 'scipy', 'numba', 'scikit-image', 'torch'):
         with contextlib.suppress(metadata.PackageNotFoundError): libraries[name] = metadata.version(name)
     return dict(memkit=__version__, commit=_git_commit(), python=platform.python_version(), system=f'{platform.system()} {platform.machine()}',
                 cpu=_cpu_name(), cores=os.cpu_count(), libraries=libraries,

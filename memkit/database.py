@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'Database', 'is_database', 'load_database', 'Journal', 'source_paths', 'descriptor_of', 'build_database']
 
-# %% ../nbs/29_database.ipynb #e290f9e8
+# %% ../nbs/29_database.ipynb #837b0617
 import contextlib, hashlib, io, json, os, struct, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
 from .core import InputError, atomic_path, progress, sha256_of, write_json
 from .mesh import find_meshes, load_mesh
@@ -110,7 +111,13 @@ def _lock(file):
         if not os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)): raise OSError # its holder has just finished and removed it
     except OSError: raise InputError(f'{Path(file.name).parent}: another process is building this database; wait for it or choose another folder') from None
 
-# %% ../nbs/29_database.ipynb #eb8a5e4e
+# %% ../nbs/29_database.ipynb #4fbd6c72
+def _other_version(folder, there:dict, here:dict)->str:
+    "The message that refuses to mix two descriptions."
+    name = lambda d: f"{d.get('name')} version {d.get('version')}" + (f" ({d['protocol']})" if d.get('protocol') else '')
+    return f'{folder}: holds descriptions by {name(there)}, not by {name(here)}; choose another folder, or pass rebuild=True to describe everything again'
+
+# %% ../nbs/29_database.ipynb #7e7c7db2
 class Journal:
     "Finished and failed meshes of an unfinished build, by id; each is on disk before the next is begun."
     def __init__(self,
@@ -135,36 +142,35 @@ class Journal:
 
     def __enter__(self): return self
     def __exit__(self, *_): self.file.close()
-    def remove(self):
-        if os.name == 'nt': self.file.close() # Windows removes no open file; elsewhere nobody may lock it in between
-        self.path.unlink()
 
-# %% ../nbs/29_database.ipynb #4fbd6c72
-def _other_version(folder, there:dict, here:dict)->str:
-    "The message that refuses to mix two descriptions."
-    name = lambda d: f"{d.get('name')} version {d.get('version')}" + (f" ({d['protocol']})" if d.get('protocol') else '')
-    return f'{folder}: holds descriptions by {name(there)}, not by {name(here)}; choose another folder, or pass rebuild=True to describe everything again'
-
-# %% ../nbs/29_database.ipynb #41cfdc16
-def _journal_add(
-    journal:Journal,
+# %% ../nbs/29_database.ipynb #cc28d678
+@patch
+def add(self:Journal,
     meta:dict,             # id, sha256, status, reason
     array:np.ndarray|None, # its description
 ):
     "Append one mesh. The bytes reach the system at once, where a killed process cannot lose them, and the disk every two seconds."
-    record = _pack_record(meta, array)
-    journal.found[meta['id']] = (meta, os.fstat(journal.file.fileno()).st_size + record.index(b'\n', 16) + 1)
-    if journal.file.write(record) != len(record): raise OSError(f'{journal.path}: the disk is full')
-    if time.monotonic() - journal._synced > 2:
-        os.fsync(journal.file.fileno())
-        journal._synced = time.monotonic()
+    record, end = _pack_record(meta, array), os.fstat(self.file.fileno()).st_size
+    if self.file.write(record) != len(record): raise OSError(f'{self.path}: the disk is full')
+    self.found[meta['id']] = meta, end + record.index(b'\n', 16) + 1
+    if time.monotonic() - self._synced > 2:
+        os.fsync(self.file.fileno())
+        self._synced = time.monotonic()
 
-# %% ../nbs/29_database.ipynb #937151b4
-def _journal_array(journal:Journal, name:str)->np.ndarray:
+# %% ../nbs/29_database.ipynb #c2856fc6
+@patch
+def array(self:Journal, name:str)->np.ndarray:
     "The description of one mesh, read back."
-    with open(journal.path, 'rb') as f:
-        f.seek(journal.found[name][1])
+    with open(self.path, 'rb') as f:
+        f.seek(self.found[name][1])
         return np.load(f, allow_pickle=False)
+
+# %% ../nbs/29_database.ipynb #01866e87
+@patch
+def remove(self:Journal):
+    "Delete the file while it is locked; Windows, where no open file can be deleted, has to close it first."
+    if os.name == 'nt': self.file.close()
+    self.path.unlink()
 
 # %% ../nbs/29_database.ipynb #4794e43d
 def source_paths(
@@ -216,7 +222,7 @@ def _still_valid(
         except OSError: return False
     with ThreadPoolExecutor(count_jobs(n_jobs)) as pool: return {name for name, same in zip(names, pool.map(unchanged, names)) if same}
 
-# %% ../nbs/29_database.ipynb #ce30553b
+# %% ../nbs/29_database.ipynb #987882ce
 def _describe_all(journal, todo:dict, describe, like, n_jobs, time_limit, bar):
     "Describe the files of `todo` (id → path) into the journal. `like`: a row, or None. Raises InputError when two descriptions differ in shape or dtype."
     names, kind = list(todo), lambda a: f'{a.dtype} {a.shape}'
@@ -229,12 +235,13 @@ def _describe_all(journal, todo:dict, describe, like, n_jobs, time_limit, bar):
         if status == 'done' and like is not None and kind(array) != kind(like):
             raise InputError(f'{path}: described by {kind(array)}, others by {kind(like)}; expected one kind for all; after a change of `describe` pass rebuild=True')
         if status == 'done': like = array
-        _journal_add(journal, dict(id=name, sha256=source, status=status, reason=None if status == 'done' else result), array)
+        journal.add(dict(id=name, sha256=source, status=status, reason=None if status == 'done' else result), array)
         bar.update(1)
 
-# %% ../nbs/29_database.ipynb #9025b43a
-def _commit(out:Path, descriptor:dict, meta:dict, row, ids:list)->Database:
-    "Write array and index, then remove what they replace. `meta`: id → record; `row(id)` → array."
+# %% ../nbs/29_database.ipynb #48f5ac44
+def _commit(out:Path, descriptor:dict, meta:dict, row)->Database:
+    "Write array and index, then remove what they replace. `meta`: id → record, sorted; `row(id)` → array."
+    ids = [name for name, m in meta.items() if m['status'] == 'done']
     first = np.asarray(row(ids[0])) if ids else np.empty(0, np.uint8)
     head, shape = io.BytesIO(), (len(ids), *first.shape) if ids else (0,)
     np.lib.format.write_array_header_1_0(head, dict(descr=np.lib.format.dtype_to_descr(first.dtype), fortran_order=False, shape=shape))
@@ -247,7 +254,7 @@ def _commit(out:Path, descriptor:dict, meta:dict, row, ids:list)->Database:
             f.write(head.getvalue())
             f.writelines(chunks())
     index = dict(format=FORMAT, descriptor=descriptor, array=dict(file=file.name, sha256=digest.hexdigest(), shape=shape, dtype=first.dtype.str), ids=ids,
-        sources=[meta[name]['sha256'] for name in ids], failures={k: {key: m[key] for key in ('sha256', 'status', 'reason')} for k, m in sorted(meta.items()) if m['status'] != 'done'})
+        sources=[meta[name]['sha256'] for name in ids], failures={k: {key: m[key] for key in ('sha256', 'status', 'reason')} for k, m in meta.items() if m['status'] != 'done'})
     if first.shape == (10, 10, 47): index['n_empty'] = [int((~np.asarray(row(name)).any(-1)).sum()) for name in ids]
     write_json(out/'index.json', index)
     for stale in [*out.glob('descriptors-*.npy'), *out.glob('.descriptors-*.tmp.npy'), *out.glob('.index-*.tmp.json')]:
@@ -262,6 +269,15 @@ def _recorded(db:Database|None)->dict:
     failed = json.loads((db.path/'index.json').read_text(encoding='utf-8'))['failures']
     return {k: dict(sha256=s, status='done', reason=None) for k, s in zip(db.ids, db.sources)} | failed
 
+# %% ../nbs/29_database.ipynb #5c63311f
+def _previous(out:Path, descriptor:dict, rebuild:bool)->Database|None:
+    "The finished database in `out`, checked to the last byte because its rows are copied. Raises InputError if it was made otherwise."
+    if rebuild: (out/'index.json').unlink(missing_ok=True)
+    if not is_database(out): return None
+    old = load_database(out, verify=True)
+    if old.descriptor != descriptor: raise InputError(_other_version(out, old.descriptor, descriptor))
+    return old
+
 # %% ../nbs/29_database.ipynb #f1bf3e7c
 def _resolve(distance):
     "A name becomes a distance; the module behind it is loaded only then, because a database of something else needs none of it."
@@ -269,7 +285,7 @@ def _resolve(distance):
     from memkit.distances import get_distance
     return get_distance(distance)
 
-# %% ../nbs/29_database.ipynb #aed4d5ef
+# %% ../nbs/29_database.ipynb #6ea9fc71
 def build_database(
     source,                       # folder of meshes, list of files, or dict id → file
     out:str|Path,                 # folder of the database
@@ -280,23 +296,17 @@ def build_database(
     rebuild:bool=False,           # describe everything again, e.g. after the description has changed
     desc:str='describing',        # label of the progress bar
 )->Database: # complete; `.failures` says which meshes are not in it and why
-    """Describe meshes into a database, going on where an earlier call stopped. The bytes do not depend on interruptions, `n_jobs` or order.
-
-    Raises InputError for an unusable source, or when `out` holds descriptions made otherwise."""
+    "Describe meshes into a database, going on where an earlier call stopped. Raises InputError for an unusable source or when `out` holds other descriptions."
     paths, out, distance = source_paths(source), Path(out), _resolve(distance)
     descriptor = descriptor_of(distance)
-    with Journal(out/'journal.bin', descriptor, restart=rebuild) as journal:
-        if rebuild: (out/'index.json').unlink(missing_ok=True)
-        old = load_database(out, verify=True) if is_database(out) else None
-        if old and old.descriptor != descriptor: raise InputError(_other_version(out, old.descriptor, descriptor))
+    with Journal(out/'journal.bin', descriptor, restart=rebuild) as journal, progress(None, desc, total=len(paths), unit='mesh') as bar:
+        old = _previous(out, descriptor, rebuild)
         meta = _recorded(old) | {k: m for k, (m, _) in journal.found.items()}
-        row = lambda k: _journal_array(journal, k) if k in journal.found else old[k]
+        row = lambda k: journal.array(k) if k in journal.found else old[k]
         kept = _still_valid(paths, meta, retry_failed, n_jobs)
-        with progress(None, desc, total=len(paths), unit='mesh') as bar:
-            bar.update(len(kept))
-            like = next((row(k) for k in meta if meta[k]['status'] == 'done'), None)
-            _describe_all(journal, {k: p for k, p in paths.items() if k not in kept}, distance.describe, like, n_jobs, time_limit, bar)
-        meta = {k: journal.found[k][0] if k in journal.found else meta[k] for k in paths}
-        made = _commit(out, descriptor, meta, row, [k for k in paths if meta[k]['status'] == 'done'])
+        bar.update(len(kept))
+        like = next((row(k) for k in meta if meta[k]['status'] == 'done'), None)
+        _describe_all(journal, {k: p for k, p in paths.items() if k not in kept}, distance.describe, like, n_jobs, time_limit, bar)
+        made = _commit(out, descriptor, {k: journal.found[k][0] if k in journal.found else meta[k] for k in paths}, row)
         journal.remove()
     return made

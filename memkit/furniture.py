@@ -307,7 +307,7 @@ def lampshade(
     x = top - t + (r - top)*.25                        # the inner wall, a quarter of the way down
     return revolve([(r, -h), (top, 0), (top - t, 0), (x, -h/4), (0, -h/4), (0, -h/4 - t), (x, -h/4 - t), (r - t, -h)], sides=6 if p.shade == 'faceted' else 0)
 
-# %% ../nbs/15_furniture.ipynb #d761fbd8
+# %% ../nbs/15_furniture.ipynb #de207daa
 def lamp_stem(
     p,          # parameters of LAMP
     foot:float, # height at which it begins
@@ -316,20 +316,19 @@ def lamp_stem(
     h, s, b = p.height, p.stem_width/2, p.base_width/2
     if p.stem == 'arched':
         path = curve([(0, foot, 0), (0, h*.7, 0), (0, h*.97, p.reach*.35), (0, h*.95, p.reach*.85), (0, h*.82, p.reach)], 5)
-        return tube(path, s), (0, h*.84, p.reach), 0.
+        return tube(path, s), (0, h*.82, p.reach), 0.
     if p.stem == 'jointed':
         elbow, head = (0, foot + (h - foot)*.6, -p.reach*.6), (0, h, p.reach*.75)
         return union(tube([(0, foot, 0), elbow, head], s), ball(s*1.7).move(*elbow), ball(s*1.7).move(*head)), head, -p.tilt
-    lift = {'globe': p.shade_width*.8, 'dome': .01}.get(p.shade, p.shade_height*.28)
     pole = cylinder(s, h - foot).move(0, (h + foot)/2, 0)
     if p.stem == 'turned':
         pole = revolve(curve([(s*1.2, foot), (b*.62, foot + (h - foot)*.25), (b*.5, foot + (h - foot)*.5), (s, foot + (h - foot)*.75), (s, h)], 4).tolist() + [(0, h), (0, foot)])
     if p.stem == 'beaded':
         r = min(b*.55, (h - foot)*.4/p.beads)
         pole = union(pole, *(ball(r).move(0, foot + .03 + (k + .5)*(h - foot)*.8/p.beads, 0) for k in range(p.beads)))
-    return pole, (0, h + lift, 0), 0.
+    return pole, (0, h, 0), 0.
 
-# %% ../nbs/15_furniture.ipynb #c458e204
+# %% ../nbs/15_furniture.ipynb #f206c579
 def lamp(
     p, # parameters of LAMP
 )->Solid: # metres, standing on y = 0; arms reach towards +z
@@ -340,7 +339,9 @@ def lamp(
             'dome': lambda: revolve([(0, 0), (b, 0), (b, .02), (b*.8, .06), (b*.35, .1), (0, .11)]),
             'tripod': lambda: around(rod((0, h*.3, 0), (0, s, b*1.15), s*.95), 3)}[p.base]()
     stem, at, tilt = lamp_stem(p, foot)
-    return union(base, stem, lampshade(p).turn('x', tilt).move(*at))
+    standing = p.stem not in ('arched', 'jointed')
+    lift = {'globe': p.shade_width*.8 if standing else .01, 'dome': .01}.get(p.shade, p.shade_height*.27)    # to the cap of the shade
+    return union(base, stem, lampshade(p).move(0, lift, 0).turn('x', tilt).move(*at))
 
 # %% ../nbs/15_furniture.ipynb #bf9295da
 def lamp_words(

@@ -35,7 +35,7 @@ def empty_grid(
     shape = (n+1,)*3
     return Grid(n, bound, np.full(shape, np.inf, np.float32), np.zeros(shape, bool))
 
-# %% ../nbs/12_sdf.ipynb #624bccb4
+# %% ../nbs/12_sdf.ipynb #16c085c5
 @patch
 def ask(self:Grid,
     field,           # maps (q,3) float64 to (q,)
@@ -44,16 +44,14 @@ def ask(self:Grid,
 )->int: # how many points the field was asked
     "Evaluate the field at those wanted corners that are not known. Raises InputError for a wrong shape or a NaN."
     index = np.flatnonzero(where & ~self.known) if where.dtype == bool else where[~self.known.ravel()[where]]
-    axis = np.linspace(-self.bound, self.bound, self.n+1)
+    axis = self.bound*(2*np.arange(self.n+1)/self.n - 1)         # the same floats on every refinement
     for start in range(0, len(index), batch):
         part = index[start:start+batch]
         pts = axis[np.stack(np.unravel_index(part, self.values.shape), -1)]
         value = np.asarray(field(pts))
         if value.shape != (len(pts),): raise InputError(f'field: returned shape {value.shape} for {len(pts)} points; expected ({len(pts)},)')
         if np.isnan(value).any(): raise InputError(f'field: NaN at point {pts[np.isnan(value)][0].round(4).tolist()}; expected a number everywhere')
-        small = np.float32(1e-3*self.h)
-        value = value.astype(np.float32)
-        self.values.reshape(-1)[part] = np.where(np.abs(value) < small, np.where(value < 0, -small, small), value)
+        self.values.reshape(-1)[part] = value
     self.known.reshape(-1)[index] = True
     return len(index)
 
@@ -158,7 +156,7 @@ def sample_adaptive(
         grid.follow(field, batch)
     return grid
 
-# %% ../nbs/12_sdf.ipynb #6ee6b8c7
+# %% ../nbs/12_sdf.ipynb #fd22ac4a
 def mesh_of(
     grid:Grid, # with both signs
 )->tuple[np.ndarray, np.ndarray]: # V (v,3) float64, F (f,3) int64, outward faces
@@ -166,6 +164,7 @@ def mesh_of(
     cells = np.argwhere(mixed_signs(grid))
     lo, hi = cells.min(0), cells.max(0) + 2
     values = np.nan_to_num(grid.values[tuple(map(slice, lo, hi))], posinf=1e3, neginf=-1e3)
+    values = np.where(np.abs(values) < (small := np.float32(1e-3*grid.h)), np.where(values < 0, -small, small), values)
     V, F, _, _ = marching_cubes(values, 0., gradient_direction='descent')
     return (V.astype(np.float64) + lo)*grid.h - grid.bound, F.astype(np.int64)
 

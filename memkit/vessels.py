@@ -86,7 +86,7 @@ def vase_handles(
     path = [(at(top) - w/2, top + .1, 0), (at(mid) + .3, top + .05, 0), (at(mid) + .35, (top + mid)/2, 0), (at(mid) - w/2, mid, 0)]
     return [tube(curve(path, 4), .09).mirror('x')]
 
-# %% ../nbs/16_vessels.ipynb #8bf6b561
+# %% ../nbs/16_vessels.ipynb #c6e2a478
 def vase(
     p, # parameters of VASE
 )->Solid: # radii of about 1
@@ -95,7 +95,9 @@ def vase(
     line = curve([(foot, 0), (p.belly, p.belly_at*h), (p.neck, p.neck_at*h), (p.neck + p.lip, h)], 6)
     line[:, 0] = np.maximum(line[:, 0], .18)
     def at(y): return float(np.interp(y, line[:, 1], line[:, 0]))
-    inner = [(max(x - w*1.2, .07), y) for x, y in line[::-1] if y > w*2]
+    along = np.gradient(line, axis=0)                                                # the wall has the same thickness on every slope
+    inset = line + w*1.1*np.stack([-along[:, 1], along[:, 0]], 1)/np.linalg.norm(along, axis=1, keepdims=True)
+    inner = [(p.neck + p.lip - w*1.1, h)] + [(max(x, .07), y) for x, y in inset[-2::-1] if w*2 < y < h - .01]
     profiles = [line.tolist() + inner + [(0, inner[-1][1]), (0, 0)]]
     if p.pedestal == 'ring': profiles.append([(0, .05), (foot*1.1, .05), (foot*1.25, -.12), (0, -.12)])
     if p.pedestal == 'stem': profiles.append([(0, .1), (foot*.8, .05), (max(foot*.45, .12), -.15), (max(foot*.5, .12), -.3), (foot*1.2, -.42), (foot*1.2, -.54), (0, -.54)])

@@ -26,7 +26,7 @@ def pack_function(
     try: return cloudpickle.dumps(function)
     except Exception as e: raise InputError(f'{function!r}: cannot be sent to another process ({e}); expected a function without open files, locks or the like') from e
 
-# %% ../nbs/02_workers.ipynb #66e0d171
+# %% ../nbs/02_workers.ipynb #fadd6c9f
 def serve():
     "The life of a worker process: load a function, apply it to items, until the pipe ends."
     answers, inbox = os.fdopen(os.dup(1), 'wb'), queue.SimpleQueue()
@@ -44,7 +44,6 @@ def serve():
     while True:
         item = inbox.get()
         try: answer('done', function(item))
-        except KeyboardInterrupt: raise
         except BaseException as e: answer('raised', describe_error(e))
 
 # %% ../nbs/02_workers.ipynb #f12517f9

@@ -188,16 +188,19 @@ def test_damage_is_noticed(meshes, kind, tmp_path):
 def test_a_flipped_byte_in_the_journal_costs_only_what_follows(meshes, kind, tmp_path):
     expected = content(build_database(meshes, tmp_path/'whole', kind, n_jobs=2).path)
     out = tmp_path/'out'
-    with pytest.raises(KeyboardInterrupt):
-        import memkit.database as module
-        original, module._commit = module._commit, lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)
-        try: build_database(meshes, out, kind, n_jobs=2)
-        finally: module._commit = original
+    def interrupted_at_the_end():
+        with pytest.MonkeyPatch.context() as m, pytest.raises(KeyboardInterrupt):
+            m.setattr('memkit.database._commit', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+            build_database(meshes, out, kind, n_jobs=2)
+        with open(out/'journal.bin', 'rb') as f: return len(list(_read_records(f)))
+    assert interrupted_at_the_end() == 32       # what it is, 29 descriptions, 2 failures
     data = bytearray((out/'journal.bin').read_bytes())
     data[len(data)//2] ^= 8
     (out/'journal.bin').write_bytes(data)
     with open(out/'journal.bin', 'rb') as f: kept = len(list(_read_records(f)))
     assert 5 < kept < 25
+    assert interrupted_at_the_end() == 32       # the damaged end was cut off before anything was added
+    with open(out/'journal.bin', 'ab') as f: f.write(data[:50])
     assert content(build_database(meshes, out, kind, n_jobs=2).path) == expected
 
 

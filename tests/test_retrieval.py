@@ -86,6 +86,16 @@ def test_within_a_set(golden_set):
     with pytest.raises(InputError, match='query 7 has 1 candidates'): nearest(d, d, k=2, exclude=mask)
 
 
+def test_a_tie_that_only_the_weakest_bound_sees():
+    "Shape 0 is as far as 64 others; its interval bound is exact, theirs are 0, so it is visited last and must still win."
+    gallery = np.zeros((65, 10, 10, 47), np.uint8)  # 64 = two batches
+    gallery[0, :, :, 0] = 9
+    gallery[1:, ::2, :, 0], gallery[1:, 1::2, :, 1] = 9, 9
+    query = np.zeros((1, 10, 10, 47), np.uint8)
+    assert (lfd_distance(query, gallery) == 90).all() and lfd_bounds(query, gallery)[0, 0, :2].tolist() == [90, 0]
+    assert nearest(query, gallery, k=2)[0].tolist() == [[0, 1]]
+
+
 def test_bounds_save_work(golden_set):
     gallery = varied(golden_set[0], 700, 3)
     _, _, stats = nearest(varied(golden_set[0], 40, 4), gallery, stats=True, n_jobs=1)
