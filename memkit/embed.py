@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['embed_folder', 'encoder_distance', 'embedding_stats']
 
-# %% ../nbs/30_embed.ipynb #b4a2362d
+# %% ../nbs/30_embed.ipynb #36b111b9
 import re
 from functools import partial
 from pathlib import Path
@@ -13,18 +13,18 @@ from pathlib import Path
 import numpy as np
 
 from .core import InputError, progress, sha256_of
-from .database import Database, Journal, _describe_file, _journal_add, _other_version, _recorded, _still_valid, build_database, descriptor_of, is_database, load_database, source_paths
+from .database import Database, Journal, _describe_file, _previous, _recorded, _still_valid, build_database, descriptor_of, source_paths
 from .distances import Distance
 from .features import FeatureStats, feature_stats
 from .workers import map_isolated
 
-# %% ../nbs/30_embed.ipynb #ceee021b
+# %% ../nbs/30_embed.ipynb #a2449953
 def _embed_all(journal, todo:dict, encoder, batch_size, n_jobs, time_limit, bar):
     "Embed the files of `todo` (id → path) into the journal."
     names, waiting = list(todo), []
     def note(name, source, status, result):
         done = status == 'done'
-        _journal_add(journal, dict(id=name, sha256=source, status=status, reason=None if done else result), result if done else None)
+        journal.add(dict(id=name, sha256=source, status=status, reason=None if done else result), result if done else None)
         bar.update(1)
     def flush():
         if not waiting: return
@@ -40,7 +40,7 @@ def _embed_all(journal, todo:dict, encoder, batch_size, n_jobs, time_limit, bar)
         if len(waiting) == batch_size: flush()
     flush()
 
-# %% ../nbs/30_embed.ipynb #dcb9a2bf
+# %% ../nbs/30_embed.ipynb #63617ec6
 def embed_folder(
     source,                  # folder of meshes, list of files, or dict id → file
     encoder,                 # of `load_uni3d`, `load_pointnet2` or `load_views`; it computes where its weights are
@@ -55,15 +55,11 @@ def embed_folder(
     "Embed meshes into a database, going on where an earlier call stopped. Raises InputError for an unusable source or a folder with other descriptions."
     if batch_size < 1: raise InputError(f'batch_size {batch_size}: expected at least 1')
     paths, out, descriptor = source_paths(source), Path(out), descriptor_of(encoder)
-    with Journal(out/'journal.bin', descriptor, restart=rebuild) as journal:
-        if rebuild: (out/'index.json').unlink(missing_ok=True)
-        old = load_database(out) if is_database(out) else None
-        if old and old.descriptor != descriptor: raise InputError(_other_version(out, old.descriptor, descriptor))
-        known = _recorded(old) | {k: m for k, (m, _) in journal.found.items()}
+    with Journal(out/'journal.bin', descriptor, restart=rebuild) as journal, progress(None, desc, total=len(paths), unit='mesh') as bar:
+        known = _recorded(_previous(out, descriptor, rebuild)) | {k: m for k, (m, _) in journal.found.items()}
         kept = _still_valid(paths, known, retry_failed, n_jobs)
-        with progress(None, desc, total=len(paths), unit='mesh') as bar:
-            bar.update(len(kept))
-            _embed_all(journal, {k: p for k, p in paths.items() if k not in kept}, encoder, batch_size, n_jobs, time_limit, bar)
+        bar.update(len(kept))
+        _embed_all(journal, {k: p for k, p in paths.items() if k not in kept}, encoder, batch_size, n_jobs, time_limit, bar)
     return build_database(source, out, encoder, n_jobs, time_limit)
 
 # %% ../nbs/30_embed.ipynb #0b870ba5

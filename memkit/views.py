@@ -92,7 +92,7 @@ def embed_views(
         return y.mean(1) if encoder.pool == 'mean' else y
     return run_network(forward, stack, encoder.model.device)
 
-# %% ../nbs/27_views.ipynb #42a19a82
+# %% ../nbs/27_views.ipynb #1e5b69e2
 def _from_hub(kind, where, revision, **how):
     "`transformers.<kind>.from_pretrained`, silent, without running the repository's own code."
     factory, log = getattr(Lazy('transformers'), kind), Lazy('transformers').logging
@@ -100,11 +100,11 @@ def _from_hub(kind, where, revision, **how):
     log.set_verbosity_error()
     try: return factory.from_pretrained(where, revision=revision, trust_remote_code=False, **how)
     except Exception as e: # no network, no such repository, not a model: the remedy is the same
-        raise InputError(f'{where}: cannot be loaded ({type(e).__name__}: {str(e).splitlines()[0][:160]}); on a machine with a network run: hf download {where}, and pass the folder. '
-                         'FD[lfd94] needs no weights') from e
+        remedy = 'expected a model folder of transformers' if Path(where).is_dir() else f'on a machine with a network run: hf download {where}, and pass the folder'
+        raise InputError(f'{where}: cannot be loaded ({type(e).__name__}: {str(e).strip().splitlines()[0][:160] if str(e).strip() else ""}); {remedy}. FD[lfd94] needs no weights') from e
     finally: log.set_verbosity(before)
 
-# %% ../nbs/27_views.ipynb #e8051f8b
+# %% ../nbs/27_views.ipynb #cc49df22
 FAMILIES = {'clip': 'clip', 'clip_vision_model': 'clip', 'dinov2': 'dinov2', 'dinov2_with_registers': 'dinov2'} # model_type of transformers → family
 
 def load_views(
@@ -123,7 +123,8 @@ def load_views(
     need = vision.image_size if family == 'clip' else vision.patch_size
     size = size or (need if family == 'clip' else 224)
     if size % need or (family == 'clip' and size != need): raise InputError(f'{where}: size {size}; expected {need}' + (' or a multiple' if family == 'dinov2' else ''))
-    model, info = _from_hub('CLIPVisionModelWithProjection' if family == 'clip' else 'AutoModel', where, revision, output_loading_info=True)
+    if family == 'clip': vision.projection_dim = config.projection_dim # the two may differ in a file that also holds the text encoder
+    model, info = _from_hub('CLIPVisionModelWithProjection' if family == 'clip' else 'AutoModel', where, revision, config=vision, output_loading_info=True, ignore_mismatched_sizes=True)
     lost = [*info['missing_keys'], *(k[0] for k in info['mismatched_keys'])]
     if lost: raise InputError(f'{where}: {len(lost)} tensors are missing or misshapen, such as {sorted(lost)[0]}; the weights are incomplete')
     return ViewEncoder(f'{Path(where).name}-{pool}{VIEWS}', family, model.eval().to(device), size, pool)
