@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['embed_folder', 'encoder_distance', 'embedding_stats']
 
-# %% ../nbs/30_embed.ipynb #36b111b9
+# %% ../nbs/30_embed.ipynb #5fc002e8
 import re
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 from .core import InputError, progress, sha256_of
 from .database import Database, Journal, _describe_file, _previous, _recorded, _still_valid, build_database, descriptor_of, source_paths
 from .distances import Distance
-from .features import FeatureStats, feature_stats
+from .features import FeatureStats, feature_label, feature_stats
 from .workers import map_isolated
 
 # %% ../nbs/30_embed.ipynb #a2449953
@@ -62,20 +62,22 @@ def embed_folder(
         _embed_all(journal, {k: p for k, p in paths.items() if k not in kept}, encoder, batch_size, n_jobs, time_limit, bar)
     return build_database(source, out, encoder, n_jobs, time_limit)
 
-# %% ../nbs/30_embed.ipynb #0b870ba5
+# %% ../nbs/30_embed.ipynb #f7823919
 def encoder_distance(
     encoder, # of `load_uni3d`, `load_pointnet2` or `load_views`
 )->Distance: # whose database is the one that `embed_folder` makes
     "Cosine distance of embeddings, or of their best pair of views, as retrieval and audits take it."
-    return Distance(encoder.name, f'cosine distance, {encoder.name}', encoder.describe, encoder.pairwise, encoder.invariant, encoder.protocol)
+    convention = 'cosine_best_pair' if getattr(encoder, 'pool', '') == 'best' else 'cosine'
+    return Distance(encoder.name, f'cosine distance, {encoder.name}', encoder.describe, encoder.pairwise, encoder.invariant, encoder.protocol,
+                    convention, 'per_shape_sphere', getattr(encoder, 'n_points', 12))
 
-# %% ../nbs/30_embed.ipynb #55d896a4
+# %% ../nbs/30_embed.ipynb #92cffedc
 def embedding_stats(
     db:Database,   # made by `embed_folder`
     groups:int=20, # jackknife groups
 )->FeatureStats: # for `memkit.fpd`
     "Statistics of a database of embeddings. Raises InputError for another kind of database."
-    found = re.match(r'(FP?D\[.+?\]); weights ([0-9a-f]{64});', db.descriptor['protocol'])
-    if not found: raise InputError(f"a database of {db.descriptor['name']}: no embeddings with a label; expected one made by embed_folder. For light field descriptors: memkit.features.lfd94")
+    found = re.match(r'([^;]+); weights ([0-9a-f]{64});', db.descriptor['protocol'])
+    if not found: raise InputError(f"a database of {db.descriptor['name']}: no embeddings of known weights; expected one made by embed_folder. For light field descriptors: memkit.features.lfd94")
     if db.array.ndim != 2 or not len(db): raise InputError(f"{db.descriptor['name']}: array of shape {db.array.shape}; expected one vector for each of at least one shape (for views: pool 'mean')")
-    return feature_stats(db.array, db.ids, found[1], groups, found[2])
+    return feature_stats(db.array, db.ids, feature_label(*found[1].split(', ')), groups, found[2])

@@ -6,7 +6,7 @@
 __all__ = ['LEVELS', 'POINTNET2_URL', 'pointnet2_shapes', 'ball_query', 'set_abstraction', 'pointnet2_forward', 'PointNet2',
            'prepare_points', 'load_pointnet2']
 
-# %% ../nbs/22_pointnet2.ipynb #1bb1ad3b
+# %% ../nbs/22_pointnet2.ipynb #2ee46ca2
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from .core import InputError
-from .features import feature_label
 from .mesh import normalize_mesh
 from .points import sample_surface
 from .uni3d import cosine_distance, farthest_centers, surface_cloud
@@ -90,7 +89,7 @@ def pointnet2_forward(
     x = torch.relu(batch_norm(w, 'bn1', linear(w, 'fc1', features[:, 0])))
     return batch_norm(w, 'bn2', linear(w, 'fc2', x))
 
-# %% ../nbs/22_pointnet2.ipynb #8eec5b6c
+# %% ../nbs/22_pointnet2.ipynb #2397cc29
 @dataclass(eq=False)
 class PointNet2:
     "Loaded weights and preprocessing; made by `load_pointnet2`."
@@ -104,10 +103,10 @@ class PointNet2:
     pairwise = staticmethod(cosine_distance)
     def __post_init__(self): self.weights = self.weights or weights_hash(self.state)
     @property
-    def label(self): return feature_label(self.name, f'{self.center}-centred', f'{self.n_points}pt')
+    def details(self): return f'{self.center}-centred', f'{self.n_points}pt'
     @property
     def protocol(self):
-        return f'{self.label}; weights {self.weights}; area-weighted samples with seed 0, largest norm 1, y up; before the ReLU; farthest points from index 0'
+        return f'{", ".join([self.name, *self.details])}; weights {self.weights}; area-weighted samples with seed 0, largest norm 1, y up; before the ReLU; farthest points from index 0'
     @property
     def prepare(self): return partial(prepare_points, n=self.n_points, center=self.center)
     def embed(self, stack): return run_network(partial(pointnet2_forward, self.state), stack, self.state['fc1.bias'].device)

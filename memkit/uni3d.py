@@ -7,7 +7,7 @@ __all__ = ['UNI3D', 'UNI3D_REPO', 'UNI3D_REVISION', 'Uni3DConfig', 'uni3d_shapes
            'farthest_centers', 'group_points', 'group_tokens', 'eva_block', 'uni3d_forward', 'Uni3D', 'embed_clouds',
            'load_uni3d', 'cosine_distance']
 
-# %% ../nbs/21_uni3d.ipynb #9aea5333
+# %% ../nbs/21_uni3d.ipynb #4594c1ff
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from .core import InputError
-from .features import feature_label
 from .points import sample_surface
 from .weights import batch_norm, check_weights, fetch_weights, fn, layer_norm, linear, part, read_weights, run_network, torch, weights_hash
 
@@ -186,7 +185,7 @@ def uni3d_forward(
     for i in range(c.depth): x = eva_block(part(w, f'visual.blocks.{i}.'), x, c)
     return linear(w, 'trans2embed', layer_norm(w, 'visual.fc_norm', x[:, 0]))
 
-# %% ../nbs/21_uni3d.ipynb #c9e82f12
+# %% ../nbs/21_uni3d.ipynb #664c3102
 @dataclass(eq=False)
 class Uni3D:
     "Loaded weights and preprocessing; made by `load_uni3d`."
@@ -200,10 +199,10 @@ class Uni3D:
     invariant = frozenset({'translation', 'scale', 'tessellation'})
     def __post_init__(self): self.weights = self.weights or weights_hash(self.state)
     @property
-    def label(self): return feature_label(self.name, f'xyz+{self.fill:g}rgb', f'{self.n_points}pt')
+    def details(self): return f'xyz+{self.fill:g}rgb', f'{self.n_points}pt'
     @property
     def protocol(self):
-        return (f'{self.label}; weights {self.weights}; area-weighted samples with seed 0, mean 0, largest norm 1, y up; {self.config.groups} groups of '
+        return (f'{", ".join([self.name, *self.details])}; weights {self.weights}; area-weighted samples with seed 0, mean 0, largest norm 1, y up; {self.config.groups} groups of '
                 f'{self.config.group_size}, farthest points from index 0')
     @property
     def prepare(self): return partial(surface_cloud, n=self.n_points) # a worker that prepares meshes is not sent the weights

@@ -6,7 +6,8 @@
 __all__ = ['VIEWS', 'ELEVATION', 'PIXELS', 'FAMILIES', 'shape_views', 'to_pixels', 'best_view_distance', 'ViewEncoder',
            'embed_views', 'load_views']
 
-# %% ../nbs/27_views.ipynb #52d70263
+# %% ../nbs/27_views.ipynb #7d51fb17
+import re
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from .core import InputError
-from .features import feature_label
 from .render import sprite_sheet
 from .uni3d import cosine_distance
 from .weights import Lazy, run_network, torch, weights_hash
@@ -54,7 +54,7 @@ def best_view_distance(
     flat = b.reshape(-1, b.shape[2])
     return np.array([cosine_distance(x, flat).min(0).reshape(len(b), -1).min(1) for x in a]).reshape(len(a), len(b))
 
-# %% ../nbs/27_views.ipynb #e5b19047
+# %% ../nbs/27_views.ipynb #c0a625a0
 @dataclass(eq=False)
 class ViewEncoder:
     "A loaded image encoder and how views are pooled; made by `load_views`."
@@ -68,10 +68,10 @@ class ViewEncoder:
     invariant = frozenset({'translation', 'scale', 'tessellation'})
     def __post_init__(self): self.weights = self.weights or weights_hash(self.model.state_dict())
     @property
-    def label(self): return feature_label(self.name, f'{VIEWS}x{self.size}px', 'unit views')
+    def details(self): return f'{VIEWS}x{self.size}px', 'unit views'
     @property
     def protocol(self):
-        return f'{self.label}; weights {self.weights}; views at {ELEVATION:g} degrees, every {360//VIEWS} degrees, one colour on white; {self.pool} over views; a turn about y by 30 degrees changes little, other turns do'
+        return f'{", ".join([self.name, *self.details])}; weights {self.weights}; views at {ELEVATION:g} degrees, every {360//VIEWS} degrees, one colour on white; {self.pool} over views; a turn about y by 30 degrees changes little, other turns do'
     @property
     def prepare(self): return partial(shape_views, size=self.size)
     def embed(self, stack): return embed_views(self, stack)
@@ -104,7 +104,7 @@ def _from_hub(kind, where, revision, **how):
         raise InputError(f'{where}: cannot be loaded ({type(e).__name__}: {str(e).strip().splitlines()[0][:160] if str(e).strip() else ""}); {remedy}. FD[lfd94] needs no weights') from e
     finally: log.set_verbosity(before)
 
-# %% ../nbs/27_views.ipynb #cc49df22
+# %% ../nbs/27_views.ipynb #c4196c07
 FAMILIES = {'clip': 'clip', 'clip_vision_model': 'clip', 'dinov2': 'dinov2', 'dinov2_with_registers': 'dinov2'} # model_type of transformers → family
 
 def load_views(
@@ -127,4 +127,4 @@ def load_views(
     model, info = _from_hub('CLIPVisionModelWithProjection' if family == 'clip' else 'AutoModel', where, revision, config=vision, output_loading_info=True, ignore_mismatched_sizes=True)
     lost = [*info['missing_keys'], *(k[0] for k in info['mismatched_keys'])]
     if lost: raise InputError(f'{where}: {len(lost)} tensors are missing or misshapen, such as {sorted(lost)[0]}; the weights are incomplete')
-    return ViewEncoder(f'{Path(where).name}-{pool}{VIEWS}', family, model.eval().to(device), size, pool)
+    return ViewEncoder(re.sub(r'[^\w.-]+', '-', f'{Path(where).name}-{pool}{VIEWS}'), family, model.eval().to(device), size, pool)
