@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from memkit.align import Pose, align, alignment_costs, likely_rotations, meet_corners, nearest_rotation, pose_table, principal_rotations, read_surface, slide, surface_moments
+from memkit.align import Pose, align, alignment_costs, find_pose, likely_rotations, meet, meet_corners, nearest_rotation, pose_table, principal_rotations, read_surface, slide, surface_moments
 from memkit.core import InputError, make_rng
 from memkit.database import Database
 from memkit.lfd import lfd_descriptor, lfd_distance
@@ -65,6 +65,9 @@ def test_a_copy_stored_in_single_precision_is_at_zero():
     V, F = sample_shape('chair', 1).mesh(24)
     W = (V @ random_rotation(make_rng(5)).T).astype(np.float32).astype(np.float64)
     assert align(W, F, V, F).distance == 0
+    a, b = read_surface(W, F, seed=1), read_surface(V, F)
+    pose, _ = find_pose(a, b, principal_rotations(a, b))
+    assert (meet(W, a, b, pose) == V).all()                   # the digits that were lost come back
 
 
 def test_another_mesh_of_the_same_surface_is_found():
