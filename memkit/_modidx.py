@@ -83,6 +83,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'memkit.benchmark._open': ('benchmark.html#_open', 'memkit/benchmark.py'),
                                   'memkit.benchmark._outcomes': ('benchmark.html#_outcomes', 'memkit/benchmark.py'),
                                   'memkit.benchmark._radii': ('benchmark.html#_radii', 'memkit/benchmark.py'),
+                                  'memkit.benchmark._sizes': ('benchmark.html#_sizes', 'memkit/benchmark.py'),
                                   'memkit.benchmark._table': ('benchmark.html#_table', 'memkit/benchmark.py'),
                                   'memkit.benchmark.assign_roles': ('benchmark.html#assign_roles', 'memkit/benchmark.py'),
                                   'memkit.benchmark.benchmark_figure': ('benchmark.html#benchmark_figure', 'memkit/benchmark.py'),

@@ -8,7 +8,7 @@ __all__ = ['Roles', 'assign_roles', 'read_labels', 'plan_items', 'make_mesh', 'd
            'blind_spots', 'blind_figure', 'write_calibration', 'load_calibration', 'calibration_line',
            'quick_distances', 'write_benchmark', 'benchmark_folder']
 
-# %% ../nbs/34_benchmark.ipynb #59c34118
+# %% ../nbs/34_benchmark.ipynb #ca3698e6
 import csv, json, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -24,7 +24,7 @@ from .distances import DISTANCES, get_distance
 from .hits import APART, SERIES, hit_ranks, paired_tests, replica_radius, score
 from .mesh import check_mesh, find_meshes, load_mesh
 from .neighbours import guard_cell
-from .replicas import REPLICAS, plant_replicas
+from .replicas import REPLICAS, plant_replicas, replicate
 from .render import render_shaded
 from .show import COLORS, NEIGHBOUR, QUERY, VIEW, Sheet, paper_style
 from .workers import Outcome, count_jobs, describe_error, map_isolated
@@ -103,7 +103,7 @@ def plan_items(
     for k, (m, true) in (labelled or {}).items(): add('user labels', 'novel' if true is None else 'replica', k, m, _digest(m))
     return items
 
-# %% ../nbs/34_benchmark.ipynb #917f094c
+# %% ../nbs/34_benchmark.ipynb #e70e3840
 def make_mesh(
     item:dict, # from `plan_items`
 )->tuple: # V, F
@@ -112,7 +112,7 @@ def make_mesh(
     if family not in REPLICAS: return mesh
     sources = {item['source']: mesh} | ({} if item['other'] is None else {(item['source'], 'other'): _open(item['other'])})
     made = next(iter(plant_replicas(sources, [(family, item['level'])], item['seed'])))
-    return made.V, made.F
+    return replicate(made.V, made.F, 'remesh', 'shuffle', item['seed'] + 1)
 
 # %% ../nbs/34_benchmark.ipynb #8b794395
 def _describe_job(describes, job):
@@ -289,15 +289,17 @@ def benchmark_markdown(result)->str: # overview, radii, every level, what was le
              ('Could not be described', [dict(shape=k, reason=v) for k, v in result.failures.items()])]
     return '\n\n'.join([head, *(f'{title and f"**{title}**"}\n\n{_table(rows)}' for title, rows in parts if rows)])
 
-# %% ../nbs/34_benchmark.ipynb #5b68821c
-def _radii(name, rows, at_zero): # of one distance
+# %% ../nbs/34_benchmark.ipynb #f90c2b94
+def _radii(name, rows, at_zero): # of one distance; an untouched copy is one whose faces alone are in another order, where that was measured
     auc_at = {(r['family'], r['level']): r['auc'] for r in rows}
+    at_zero = auc_at.get(('remesh', 'shuffle'), at_zero)
     out = []
     for series, (family, unit, levels) in SERIES.items():
         have = {l: s for l, s in levels.items() if (family, l) in auc_at}
         if have: out.append(dict(distance=name, series=series, unit=unit, radius=replica_radius(list(have.values()), [auc_at[family, l] for l in have], at_zero), largest=max(have.values())))
     return out
 
+# %% ../nbs/34_benchmark.ipynb #ea204b3a
 def _labelled(labels, queries, roles): # query → (mesh, true id), and the roles without the queries
     if labels is None: return {}, roles
     found = read_labels(labels)
@@ -310,7 +312,14 @@ def _labelled(labels, queries, roles): # query → (mesh, true id), and the role
     if lost: raise InputError(f'{Path(labels).name}: true_id {lost[0]!r} is not in the gallery; expected the id of a gallery shape')
     return {q: (meshes[q], t) for q, t in found.items()}, roles
 
-# %% ../nbs/34_benchmark.ipynb #110c9ce2
+# %% ../nbs/34_benchmark.ipynb #4693e77b
+def _sizes(items, arrays, roles, failed): # what could be described; raises InputError for too little
+    family = [items[k]['family'] for k in next(iter(arrays.values()))]
+    n = dict(n_gallery=family.count('gallery'), n_source=len(roles.sources), n_novel=family.count('novel'))
+    if min(n['n_gallery'], n['n_novel']) < 2: raise InputError(f"{n['n_gallery']} gallery and {n['n_novel']} novel shapes could be described; expected at least 2 of each; the first reason: {next(iter(failed.values()), '–')}")
+    return n
+
+# %% ../nbs/34_benchmark.ipynb #0631e7e6
 def run_benchmark(
     gallery,                # dict id → (V, F) or file; or a folder of meshes
     sources=40,             # ids of gallery shapes, or how many to draw
@@ -323,16 +332,13 @@ def run_benchmark(
     labels:str|Path|None=None, queries=None, # CSV for `read_labels`; its meshes, default: `gallery`, from which they are then taken out
     about:str='meshes', time_limit:float=300., # what the meshes are, for titles; seconds for one description
 )->BenchmarkResult:
-    "Plant copies, look for them with every distance. Source: 1.5 of Z_U's effect size read as a calibration. Raises InputError for unusable input."
+    "Plant copies, look for them with every distance. Raises InputError for unusable input."
     distances = [get_distance(d) for d in distances]
     labelled, roles = _labelled(labels, queries, assign_roles(gallery, sources, novel, seed))
     items = plan_items(roles, families, seed, labelled)
     for q, (_, true) in labelled.items(): items[f"user labels/{'replica' if true else 'novel'}/{q}"]['true'] = true
     arrays, failed, cost = describe_items(items, distances, out, n_jobs, time_limit)
-    count = lambda family: sum(items[k]['family'] == family for k in next(iter(arrays.values())))
-    sizes = dict(n_gallery=count('gallery'), n_source=len(roles.sources), n_novel=count('novel'))
-    if min(sizes['n_gallery'], sizes['n_novel']) < 2: raise InputError(f"{sizes['n_gallery']} gallery and {sizes['n_novel']} novel shapes could be described; expected at least 2 of each; the first reason: {next(iter(failed.values()), '–')}")
-    known, rows, radii, found = {}, [], [], {}
+    sizes, known, rows, radii, found = _sizes(items, arrays, roles, failed), {}, [], [], {}
     for d in distances:
         some = np.stack([x for k, x in arrays[d.name].items() if items[k]['family'] == 'gallery'][:12])
         known[d.name] = dict(label=d.label, protocol=d.protocol, invariant=sorted(d.invariant), ms_per_shape=1e3*cost[d.name], **check_distance(d, some))
@@ -341,7 +347,7 @@ def run_benchmark(
     hits = {n: {c: {s: x['rank'] == 1 for s, x in f[c].items()} for c in f} for n, f in found.items()}
     return BenchmarkResult(about, known, rows, radii, paired_tests(hits), failed, sizes, seed, provenance(), found, items)
 
-# %% ../nbs/34_benchmark.ipynb #7ae10285
+# %% ../nbs/34_benchmark.ipynb #98bad88b
 def benchmark_figure(
     result, # BenchmarkResult
 ): # matplotlib Figure that shows itself
@@ -353,6 +359,7 @@ def benchmark_figure(
     with paper_style():
         fig = Sheet(figsize=(2.2 + .27*len(columns), 1.6 + .27*len(order)), layout='constrained')
         ax = fig.subplots()
+        ax.set_title('auc of copies against novel shapes, %', fontsize=8)
         image = ax.imshow(M, vmin=0, vmax=1, cmap=colors, aspect='auto')
         for i, j in np.ndindex(M.shape): ax.text(j, i, f'{100*M[i, j]:.0f}', ha='center', va='center', fontsize=5.5, color='white' if abs(M[i, j] - .5) > .4 else COLORS['ink'])
         ax.set_xticks(range(len(columns)), [l for _, l in columns], rotation=60, ha='right', rotation_mode='anchor', fontsize=6.5)
@@ -360,10 +367,10 @@ def benchmark_figure(
         for j in range(1, len(columns)):
             if columns[j][0] != columns[j - 1][0]: ax.axvline(j - .5, color=COLORS['ink'], lw=1)
         ax.grid(False); ax.tick_params(length=0)
-        fig.colorbar(image, label='auc, copies against novel shapes', pad=.01)
+        fig.colorbar(image, label='auc', pad=.01)
     return fig
 
-# %% ../nbs/34_benchmark.ipynb #7c44a627
+# %% ../nbs/34_benchmark.ipynb #75564089
 def blind_spots(
     result, # BenchmarkResult
 )->list[dict]: # a row a distance: family, level, auc, source, found, rank
@@ -387,10 +394,11 @@ def blind_figure(
         axes = np.ravel(fig.subplots(-(-len(spots)//columns), columns))
         for ax in axes: ax.axis('off')
         for ax, s in zip(axes, spots):
-            shown = ((f"{s['family']}/{s['level']}/{s['source']}", QUERY), (f"gallery//{s['source']}", NEIGHBOUR), (f"gallery//{s['found']}", NEIGHBOUR))
+            shown = [(f"{s['family']}/{s['level']}/{s['source']}", QUERY), (f"gallery//{s['source']}", NEIGHBOUR), (f"gallery//{s['found']}", NEIGHBOUR)][:2 if s['rank'] == 1 else 3]
             ax.imshow(np.hstack([render_shaded(*make_mesh(result.items[k]), azimuth=VIEW[0], elevation=VIEW[1], size=192, color=c) for k, c in shown]))
             ax.set_title(f"{result.distances[s['distance']]['label']}: {s['level']}, auc {s['auc']:.2f}", fontsize=7)
-            for x, text in zip((96, 288, 480), ('copy', 'its source' + (', found' if s['rank'] == 1 else ''), '' if s['rank'] == 1 else 'found instead')): ax.text(x, 190, text, ha='center', fontsize=6)
+            ax.set(xlim=(0, 576), ylim=(212, 0))
+            for i, text in enumerate(('copy', 'its source, found') if s['rank'] == 1 else ('copy', 'its source', 'found instead')): ax.text(96 + 192*i, 195, text, ha='center', va='top', fontsize=6)
     return fig
 
 # %% ../nbs/34_benchmark.ipynb #eb2b6d81
