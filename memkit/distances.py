@@ -145,7 +145,7 @@ def _one_minus_fscore(a, b, t): return 1 - f_score(a, b, t)
 def _one_minus_iou(a, b): return 1 - volume_iou(a, b)
 def _one_minus_nc(a, b): return (1 - normal_consistency(a, b)).clip(0)
 
-# %% ../nbs/23_distances.ipynb #4f05b61f
+# %% ../nbs/23_distances.ipynb #fb22e4ac
 _MOVES, _CUT = frozenset({'translation', 'scale'}), frozenset({'tessellation'})
 _SPHERE = 'unit sphere, {:,} surface points, {}; sees a rotated copy as another shape'
 
@@ -153,6 +153,7 @@ def _points_distance(name, label, pairwise, convention, n=1024, describe=chamfer
     "A distance between surface points in the unit sphere."
     return Distance(name, label, partial(describe, n=n), pairwise, _MOVES | _CUT, _SPHERE.format(n, convention), convention, 'per_shape_sphere', n, turn_points)
 
+# %% ../nbs/23_distances.ipynb #7682760a
 DISTANCES = {d.name: d for d in (
     Distance('lfd', 'light field distance', lfd_descriptor, lfd_distance, _MOVES | _CUT | {'rotation', 'reflection'},
              'unit box, 10 × 10 silhouettes of 256², integer codes; rotations other than the 60 of the dodecahedron approximately', 'lfd', 'per_shape_box', 100),
@@ -190,7 +191,7 @@ def over_rotations(
     return replace(d, name=name or f'{d.name}_turned', label=f'{d.label}, best of {len(R)} rotations', pairwise=least_over(d.pairwise, d.turn, R),
                    protocol=f'{d.protocol.split(";")[0]}; least over {len(R)} rotations')
 
-# %% ../nbs/23_distances.ipynb #ba56f06d
+# %% ../nbs/23_distances.ipynb #8cfd2882
 CHANGES = ('translation', 'scale', 'rotation', 'reflection', 'tessellation')
 
 def changed(
@@ -213,6 +214,7 @@ def changed(
     middle = np.concatenate([V[F[:, [i, j]]].mean(1) for i, j in ((0, 1), (1, 2), (2, 0))])
     return np.concatenate([V, middle]), np.stack([a, ab, ca, ab, b, bc, ca, bc, c, ab, bc, ca], 1).reshape(-1, 3)
 
+# %% ../nbs/23_distances.ipynb #f68a045d
 def invariance(
     metric:str|Distance, # what is examined
     mesh:tuple,          # V, F

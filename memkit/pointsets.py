@@ -63,7 +63,7 @@ def _box_gaps(alo, ahi, i, blo, bhi, gap):
         if gap[j] < gap[first]: first = j
     return first
 
-# %% ../nbs/19_pointsets.ipynb #3f6e248d
+# %% ../nbs/19_pointsets.ipynb #8631af7c
 @njit(cache=True, nogil=True)
 def _search_leaves(A, alo, ahi, B, blo, bhi, d2, leaf, gap):
     "Per point of A (La, 3, 8): squared distance to the nearest of B (Lb, 3, 16) into `d2` (La, 8), the leaf of B it is in into `leaf`."
@@ -87,6 +87,7 @@ def _search_leaves(A, alo, ahi, B, blo, bhi, d2, leaf, gap):
                 if best[l] < before[l]: leaf[i, l] = j
         for l in range(8): d2[i, l] = best[l]
 
+# %% ../nbs/19_pointsets.ipynb #c5f322b2
 @njit(cache=True, nogil=True)
 def _place(A, i, l, B, j, d2):
     "Where in leaf `j` of B the point lies that is at squared distance `d2` from point `l` of leaf `i` of A."
@@ -124,7 +125,7 @@ def nearest_points(
     _numbers(q[0], order[0], d2, leaf, t[0], torder[0], len(a), len(b), I)
     return D, I
 
-# %% ../nbs/19_pointsets.ipynb #d85cf4d0
+# %% ../nbs/19_pointsets.ipynb #fbd80122
 @njit(cache=True, nogil=True)
 def _average(order, d2, near, kind, t, N, M):
     "One number for one direction. `kind` 0: mean d², 1: mean d, 2: share of d < t, 3: mean |n·n'| of normals `N` (k, 3) and `M[near]`."
@@ -140,6 +141,7 @@ def _average(order, d2, near, kind, t, N, M):
             else: total += np.sqrt(d2[i, l]) < t
     return total/k
 
+# %% ../nbs/19_pointsets.ipynb #229399a4
 @njit(cache=True, nogil=True)
 def _one_way(A, i, B, j, kind, t, N, M, gap):
     "`_average` from shape `i` of A, leaves of 8, to shape `j` of B, leaves of 16."

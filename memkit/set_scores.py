@@ -113,7 +113,7 @@ def knn_radii(
         out[rows] = np.partition(D, k - 1, axis=1)[:, k - 1]
     return out
 
-# %% ../nbs/26_set_scores.ipynb #5f00b13d
+# %% ../nbs/26_set_scores.ipynb #353f558c
 @dataclass(frozen=True)
 class PRDC:
     "Precision, recall, density and coverage of a generated set."
@@ -130,6 +130,7 @@ class PRDC:
         table = '\n'.join(f'| {n} | {getattr(self, n):.4g} | 1 | {m} |' for n, m in rows)
         return f'| k = {self.k}, {self.sizes[0]} gen, {self.sizes[1]} ref | value | ideal | share of |\n|---|---|---|---|\n{table}' + ''.join(f'\n\n**{f}**' for f in self.flags)
 
+# %% ../nbs/26_set_scores.ipynb #f48a6d19
 def prdc(*,
     gen,                     # (m, d) features, or any stack `distance` takes
     ref,                     # (n, d), the same kind

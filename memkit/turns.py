@@ -67,7 +67,7 @@ def least_over(
         return best
     return least
 
-# %% ../nbs/22_turns.ipynb #18750db3
+# %% ../nbs/22_turns.ipynb #5d932447
 def surface_moments(
     V:np.ndarray, # (v, 3)
     F:np.ndarray, # (f, 3)
@@ -84,6 +84,7 @@ def surface_moments(
     mean_square = share @ ((a**2).sum(1) + (b**2).sum(1) + (c**2).sum(1) + ((a + b + c)**2).sum(1))/12
     return centre*size, np.sqrt(mean_square)*size
 
+# %% ../nbs/22_turns.ipynb #56fe9926
 def pose_points(
     V:np.ndarray, # (v, 3)
     F:np.ndarray, # (f, 3)
@@ -119,7 +120,7 @@ def _top_quaternion(N):
         if N[k, k] > N[best, best]: best = k
     return Q[0, best], Q[1, best], Q[2, best], Q[3, best]
 
-# %% ../nbs/22_turns.ipynb #68be5076
+# %% ../nbs/22_turns.ipynb #b56371ce
 @njit(cache=True, nogil=True)
 def _motion(S, a, b, pose):
     "Pose (3, 4) = [R | t] from the covariance `S` = Σ a bᵀ of centred pairs and their means. Source: Horn 1987."
@@ -138,6 +139,7 @@ def _motion(S, a, b, pose):
     pose[2, 0], pose[2, 1], pose[2, 2] = 2*(x*z - w*y), 2*(y*z + w*x), 1 - 2*(x*x + y*y)
     for r in range(3): pose[r, 3] = b[r] - (pose[r, 0]*a[0] + pose[r, 1]*a[1] + pose[r, 2]*a[2])
 
+# %% ../nbs/22_turns.ipynb #606c5a5d
 @njit(cache=True, nogil=True)
 def _fit_pairs(A, B, pose):
     "The pose (3, 4) that takes the points A nearest to their partners B (k, 3), least squares."
@@ -222,7 +224,7 @@ def _starts(gapA, gapB, cellsA, cellsB, close, score, starts):
             if close[best, r]: score[r] = np.inf
     return len(starts)
 
-# %% ../nbs/22_turns.ipynb #0e5be19b
+# %% ../nbs/22_turns.ipynb #d33ee4f2
 @njit(cache=True, nogil=True)
 def _refine(A, B, near, pose, steps, moved, partner):
     "Improve `pose` by `steps` of closest points from the table of B, on as many points as `moved` (k, 3) has room for."
@@ -239,6 +241,7 @@ def _refine(A, B, near, pose, steps, moved, partner):
         last = total
         _fit_pairs(A, partner, pose)
 
+# %% ../nbs/22_turns.ipynb #ac48cc60
 @njit(cache=True, nogil=True)
 def _table_mean(P, Q, near, pose):
     "Mean squared distance of all points P in a pose to the points of Q that the table calls nearest; never below the exact one."
@@ -280,24 +283,23 @@ def _table_pose(PA, PB, gapA, gapB, nearA, nearB, cellsA, cellsB, rotations, clo
     k = min(512, len(PA))
     _refine(PA, PB, nearB, best, 20, np.empty((k, 3)), np.empty((k, 3)))
 
-# %% ../nbs/22_turns.ipynb #c72f5008
+# %% ../nbs/22_turns.ipynb #e71664db
 @njit(cache=True, nogil=True)
 def _one_sided(A, order, T, tlo, thi, pose, n, pts, d2, leaf):
     "Exact mean squared distance of a shape in a pose to the target; its points moved into `pts`, distances and leaves of the nearest in `d2`, `leaf`."
-    lo, hi, total = np.empty((3, len(A))), np.empty((3, len(A))), 0.
+    lo, hi, total = np.full((3, len(A)), np.inf), np.full((3, len(A)), -np.inf), 0.
     for i in range(len(A)):
         for r in range(3):
-            lo[r, i], hi[r, i] = np.inf, -np.inf
             for l in range(8):
                 v = (pose[r, 0]*A[i, 0, l] + pose[r, 1]*A[i, 1, l]) + (pose[r, 2]*A[i, 2, l] + pose[r, 3])
-                pts[i, r, l] = v
-                lo[r, i], hi[r, i] = min(lo[r, i], v), max(hi[r, i], v)
+                pts[i, r, l], lo[r, i], hi[r, i] = v, min(lo[r, i], v), max(hi[r, i], v)
     _search_leaves(pts, lo, hi, T, tlo, thi, d2, leaf, np.empty(len(T)))
     for i in range(len(A)):
         for l in range(8):
             if order[i, l] < n: total += d2[i, l]
     return total/n
 
+# %% ../nbs/22_turns.ipynb #73c26ddb
 @njit(cache=True, nogil=True)
 def _paired(A, order, T, n, pts, d2, leaf, own, partner):
     "The points of A and their nearest points of the target, as lists of pairs (n, 3)."
@@ -323,7 +325,7 @@ def _polish(A, order, T, tlo, thi, pose, n, steps=30):
         if new > .98*last or new < 1e-24: break
     return pose, value
 
-# %% ../nbs/22_turns.ipynb #6e9d8a15
+# %% ../nbs/22_turns.ipynb #eeab3e49
 @njit(cache=True, nogil=True)
 def _bound(P, gap2):
     "No more than the mean squared distance of the points, by the table; those outside of the cube count as 0."
@@ -332,6 +334,7 @@ def _bound(P, gap2):
         if max(abs(P[i, 0]), abs(P[i, 1]), abs(P[i, 2])) < 2.24: total += max(np.sqrt(gap2[_cell(P[i, 0], P[i, 1], P[i, 2])]) - 1.0001*reach, 0.)**2
     return total/len(P)
 
+# %% ../nbs/22_turns.ipynb #dfbf555c
 class _Prepared:
     "A stack of point sets with leaves, tables, and the cells of 128 points under all rotations."
     def __init__(self, points, rotations):
@@ -343,6 +346,7 @@ class _Prepared:
         A, order = self.q[0][i], self.q[1][i]
         return _one_sided(A, order, other.t[0][j], other.t[2][j], other.t[3][j], pose, self.points.shape[1], np.empty(A.shape), np.empty(order.shape), np.empty(order.shape, np.int64))
 
+# %% ../nbs/22_turns.ipynb #24674716
 def _best_pose(A, i, B, j, rotations, close):
     "→ the least Chamfer distance found between shape `i` of A in any pose and shape `j` of B, and the pose (3, 4)."
     x, y, pose, back, still = A.points[i], B.points[j], np.empty((3, 4)), np.empty((3, 4)), np.eye(3, 4)
@@ -355,7 +359,7 @@ def _best_pose(A, i, B, j, rotations, close):
         if as_given <= value: return as_given, still
     return value, pose
 
-# %% ../nbs/22_turns.ipynb #25bf20a2
+# %% ../nbs/22_turns.ipynb #d44c954f
 def best_poses(
     a:np.ndarray, # (m, k, 3) points, centred and with root mean square radius 1, as `pose_points` gives them; at most 65,535 each
     b:np.ndarray, # (n, l, 3)
@@ -373,6 +377,7 @@ def best_poses(
             for p, q in np.ndindex(len(A.points), len(B.points)): out[i + p, j + q], poses[i + p, j + q] = _best_pose(A, p, B, q, R, close)
     return out, poses
 
+# %% ../nbs/22_turns.ipynb #1f2c3fd6
 def pose_distance(a, b): # the matrix of `best_poses` alone; tensors are compared on the CPU and the matrix returned to their device
     "Best-pose Chamfer distance between all pairs, `cd_l2sq_sum` at the best pose found."
     if xp_of(a) is np: return best_poses(a, b)[0]

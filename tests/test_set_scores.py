@@ -91,6 +91,11 @@ def test_a_copy_of_the_training_set_is_perfect_for_prdc_and_nothing_for_authpct(
     assert float(auth_pct(gen_train=D, train_train=D)) == 0
 
 
+def test_authpct_is_strict():
+    assert float(auth_pct(gen_train=[[0, 0, 3]], train_train=[[0, 0, 3], [0, 0, 3], [3, 3, 0]])) == 0     # a copy of a training shape that occurs twice
+    assert float(auth_pct(gen_train=[[2, 5, 5], [1, 5, 5]], train_train=[[0, 1, 9], [1, 0, 9], [9, 9, 0]])) == 50
+
+
 def test_any_distance_serves():
     from memkit.distances import get_distance
     from memkit.shapes import shape_set
