@@ -312,14 +312,23 @@ def _labelled(labels, queries, roles): # query → (mesh, true id), and the role
     if lost: raise InputError(f'{Path(labels).name}: true_id {lost[0]!r} is not in the gallery; expected the id of a gallery shape')
     return {q: (meshes[q], t) for q, t in found.items()}, roles
 
-# %% ../nbs/34_benchmark.ipynb #4693e77b
+# %% ../nbs/34_benchmark.ipynb #7c51210d
 def _sizes(items, arrays, roles, failed): # what could be described; raises InputError for too little
     family = [items[k]['family'] for k in next(iter(arrays.values()))]
     n = dict(n_gallery=family.count('gallery'), n_source=len(roles.sources), n_novel=family.count('novel'))
     if min(n['n_gallery'], n['n_novel']) < 2: raise InputError(f"{n['n_gallery']} gallery and {n['n_novel']} novel shapes could be described; expected at least 2 of each; the first reason: {next(iter(failed.values()), '–')}")
     return n
 
-# %% ../nbs/34_benchmark.ipynb #0631e7e6
+def _measured(distances, items, arrays, cost, n_jobs, out): # what is known of each distance, rows, radii, what was found
+    known, rows, radii, found = {}, [], [], {}
+    for d in distances:
+        some = np.stack([x for k, x in arrays[d.name].items() if items[k]['family'] == 'gallery'][:12])
+        known[d.name] = dict(label=d.label, protocol=d.protocol, invariant=sorted(d.invariant), ms_per_shape=1e3*cost[d.name], **check_distance(d, some))
+        new, found[d.name], d_novel = measure(d, items, arrays[d.name], n_jobs, out)
+        rows, radii = rows + new, radii + _radii(d.name, new, auc([0.], d_novel))
+    return known, rows, radii, found
+
+# %% ../nbs/34_benchmark.ipynb #87f4ced6
 def run_benchmark(
     gallery,                # dict id → (V, F) or file; or a folder of meshes
     sources=40,             # ids of gallery shapes, or how many to draw
@@ -338,12 +347,8 @@ def run_benchmark(
     items = plan_items(roles, families, seed, labelled)
     for q, (_, true) in labelled.items(): items[f"user labels/{'replica' if true else 'novel'}/{q}"]['true'] = true
     arrays, failed, cost = describe_items(items, distances, out, n_jobs, time_limit)
-    sizes, known, rows, radii, found = _sizes(items, arrays, roles, failed), {}, [], [], {}
-    for d in distances:
-        some = np.stack([x for k, x in arrays[d.name].items() if items[k]['family'] == 'gallery'][:12])
-        known[d.name] = dict(label=d.label, protocol=d.protocol, invariant=sorted(d.invariant), ms_per_shape=1e3*cost[d.name], **check_distance(d, some))
-        new, found[d.name], d_novel = measure(d, items, arrays[d.name], n_jobs, out)
-        rows, radii = rows + new, radii + _radii(d.name, new, auc([0.], d_novel))
+    sizes = _sizes(items, arrays, roles, failed)
+    known, rows, radii, found = _measured(distances, items, arrays, cost, n_jobs, out)
     hits = {n: {c: {s: x['rank'] == 1 for s, x in f[c].items()} for c in f} for n, f in found.items()}
     return BenchmarkResult(about, known, rows, radii, paired_tests(hits), failed, sizes, seed, provenance(), found, items)
 

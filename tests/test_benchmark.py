@@ -150,7 +150,7 @@ def test_a_run_resumes_and_notices_changes(meshes, tmp_path):
     victim = again.items[next(k for k in again.items if k.startswith('novel'))]['source']
     moved = {k: (V + 1, F) if k == victim else (V, F) for k, (V, F) in meshes.items()}
     changed = run_benchmark(moved, 4, 4, [counted], LEVELS[:3], out=tmp_path)
-    assert len(calls) == 29 and changed.found['place'] == run_benchmark(moved, 4, 4, [PLACE], LEVELS[:3]).found['place']
+    assert len(calls) == 29 and changed.rows == run_benchmark(moved, 4, 4, [PLACE], LEVELS[:3]).rows
     other = Distance('place', 'mean and spread', profile, l1, protocol='other vertices')
     with pytest.raises(InputError, match='holds descriptions'): run_benchmark(meshes, 4, 4, [other], LEVELS[:2], out=tmp_path)
 
