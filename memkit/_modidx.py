@@ -68,6 +68,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'memkit.benchmark._digest': ('benchmark.html#_digest', 'memkit/benchmark.py'),
                                   'memkit.benchmark._journal': ('benchmark.html#_journal', 'memkit/benchmark.py'),
                                   'memkit.benchmark._labelled': ('benchmark.html#_labelled', 'memkit/benchmark.py'),
+                                  'memkit.benchmark._measured': ('benchmark.html#_measured', 'memkit/benchmark.py'),
                                   'memkit.benchmark._open': ('benchmark.html#_open', 'memkit/benchmark.py'),
                                   'memkit.benchmark._outcomes': ('benchmark.html#_outcomes', 'memkit/benchmark.py'),
                                   'memkit.benchmark._radii': ('benchmark.html#_radii', 'memkit/benchmark.py'),

@@ -7,7 +7,7 @@ import pytest
 from memkit.audit import audit
 from memkit.core import InputError, make_rng
 from memkit.mesh import load_mesh, save_mesh
-from memkit.shapes import shape_set
+from memkit.shapes import replicate, shape_set
 
 
 def rotation(axis, degrees):
@@ -81,6 +81,7 @@ HOSTILE = '<img src=x onerror=alert(1)>.obj'
 
 def write_set(folder, n, seed):
     for s in shape_set(n, seed=seed): save_mesh(folder/f'{s.category}.obj', *s.mesh(32))
+    return folder
 
 
 @pytest.fixture(scope='module')
@@ -144,3 +145,15 @@ def test_copies_of_training_shapes_are_copying_whatever_their_names(toys, tmp_pa
 def test_missing_folder_is_one_clear_error(toys, tmp_path):
     with pytest.raises(InputError, match='nowhere'): audit(**{**toys, 'train': tmp_path/'nowhere', 'out': tmp_path/'out'})
     assert not (tmp_path/'out'/'report.html').exists()
+
+
+def test_arbitrarily_turned_copies_are_seen_by_the_pose_refined_distance_and_warned_of_with_chamfer(toys, tmp_path):
+    for i, s in enumerate(shape_set(8, seed=0)): save_mesh(tmp_path/'turned'/f'{s.category}.obj', *replicate(*s.mesh(32), 'rotation', 'uniform', seed=i))
+    sets = {**toys, 'gen': tmp_path/'turned', 'test': write_set(tmp_path/'test', 8, 1), 'groups': None, 'out': tmp_path/'out'}
+    posed = audit(**sets, metric='lfd_pose')
+    assert posed['turned'].verdict == 'copying' and posed['turned'].zu.auc > .98
+    assert [r['neighbour'] for r in posed['turned'].rows] == [r['id'] for r in posed['turned'].rows]
+    blind = audit(**sets, metric='cd')
+    assert blind['turned'].verdict != 'copying'
+    record = json.loads((tmp_path/'out'/'report.json').read_text())
+    assert 'may be turned' in record['warning'] and 'Warning' in (tmp_path/'out'/'report.html').read_text()
