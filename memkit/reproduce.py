@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['paper_notebooks', 'NotebookFailed', 'run_notebook', 'reproduce']
 
-# %% ../nbs/91_reproduce.ipynb #663750f9
-import os, sys, time
+# %% ../nbs/91_reproduce.ipynb #521b7c38
+import json, os, time
 from pathlib import Path
 
 from .core import InputError, load_profile, project_root, progress
@@ -39,7 +39,7 @@ def _check_parameters(
     unknown = [k for k in parameters if k not in known]
     if unknown: raise InputError(f'{path.name}: no parameter {", ".join(unknown)}; expected a cell tagged "parameters", it has {", ".join(known) or "none"}')
 
-# %% ../nbs/91_reproduce.ipynb #e2490083
+# %% ../nbs/91_reproduce.ipynb #1d3c7c04
 def run_notebook(
     path:str|Path,            # a notebook with a cell tagged `parameters`
     out:str|Path,             # where the executed notebook should appear
@@ -57,6 +57,9 @@ def run_notebook(
                                    progress_bar=False, request_save_on_cell_execute=False)
     except PapermillExecutionError as e:
         raise NotebookFailed(f'{path.stem}: {e.ename}: {e.evalue} (see {part.name})') from e
+    nb = json.loads(part.read_text(encoding='utf-8'))
+    nb['metadata']['papermill'].update(input_path=path.name, output_path=out.name)   # not where this machine keeps them
+    part.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
     os.replace(part, out)
     return out
 
