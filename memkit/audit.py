@@ -68,11 +68,11 @@ def report_record(report:AuditReport)->dict: # JSON-ready; with one generator it
                 failed={**{s.name: s.failures for s in (report.train, report.test)}, **{n: j.shapes.failures for n, j in report.judgements.items()}},
                 protocol=protocol(report), provenance=report.stamp)
 
-# %% ../nbs/37_audit.ipynb #9ee66cb8
+# %% ../nbs/37_audit.ipynb #9a4074ac
 def protocol(report:AuditReport)->dict: # name → one line
     "How the numbers were made, as printed at the foot of the page."
     d, sets = report.distance, [report.train, report.test, *(j.shapes for j in report.judgements.values())]
-    turned = {'lfd': 'invariant to the 60 rotations of the camera body; a copy turned otherwise still looks nearer than an unrelated shape, but clearly less so than an unturned one: where the '
+    turned = {'lfd': 'covers rotations approximately: a turned copy still looks nearer than an unrelated shape, but clearly less so than an unturned one: where the '
                      'generator may turn its shapes, auc is a lower bound (memkit’s test on real meshes: exact copies turned arbitrarily give 0.67 instead of 1); lfd_pose sees them',
               'lfd_pose': 'each shape is turned onto its nearest candidates, so arbitrarily turned copies are seen; mirror images count as near, as in LFD itself'}
     rotation = turned.get(d.name, 'invariant to rotation' if 'rotation' in d.invariant else 'NOT invariant to rotation: a turned copy counts as novel; use it for aligned shapes only')

@@ -153,10 +153,10 @@ def _points_distance(name, label, pairwise, convention, n=1024, describe=chamfer
     "A distance between surface points in the unit sphere."
     return Distance(name, label, partial(describe, n=n), pairwise, _MOVES | _CUT, _SPHERE.format(n, convention), convention, 'per_shape_sphere', n, turn_points)
 
-# %% ../nbs/23_distances.ipynb #7682760a
+# %% ../nbs/23_distances.ipynb #73156078
 DISTANCES = {d.name: d for d in (
     Distance('lfd', 'light field distance', lfd_descriptor, lfd_distance, _MOVES | _CUT | {'rotation', 'reflection'},
-             'unit box, 10 × 10 silhouettes of 256², integer codes; rotations other than the 60 of the dodecahedron approximately', 'lfd', 'per_shape_box', 100),
+             'unit box, 10 × 10 silhouettes of 256², integer codes; rotations approximately', 'lfd', 'per_shape_box', 100),
     _points_distance('cd', 'Chamfer distance', chamfer_distance, 'cd_l2sq_sum'),
     _points_distance('cd_l1_avg', 'Chamfer distance, unsquared', partial(chamfer_distance, kind='cd_l1_avg'), 'cd_l1_avg'),
     Distance('cd_pose', 'Chamfer distance, best pose', pose_points, pose_distance, _MOVES | _CUT | {'rotation'},
