@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['app', 'main', 'check', 'lfd', 'nearest', 'zu', 'fpd', 'audit', 'benchmark', 'reproduce', 'test']
 
-# %% ../nbs/99_cli.ipynb #a9e37bf7
+# %% ../nbs/99_cli.ipynb #493fdcf1
 import os, subprocess, sys, traceback
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from . import __version__
+from . import __version__, cli_captions, cli_data, cli_make
 from .core import InputError, project_root, write_json
 
 # %% ../nbs/99_cli.ipynb #6a67a722
@@ -170,6 +170,11 @@ def benchmark(
     "Which distance finds a copy among these meshes? Plants copies with known answers and lets each distance look for them."
     from memkit.benchmark import benchmark_folder, benchmark_markdown
     print(benchmark_markdown(benchmark_folder(folder, out, distances, sources, novel, seed=seed, n_jobs=jobs, labels=labels, queries=queries)))
+
+# %% ../nbs/99_cli.ipynb #110a12f6
+app.add_typer(cli_make.app)
+app.add_typer(cli_data.app, name='data', help='Look after data: check lists, fetch meshes, prepare them for training, write a card.')
+app.add_typer(cli_captions.app, name='captions', help='Pair captions with classes, filter them, describe shapes in words.')
 
 # %% ../nbs/99_cli.ipynb #eaf94ca9
 @app.command()
