@@ -1,14 +1,14 @@
 # Two commands are enough: `make reproduce` and `make test`. Each sets itself up on a fresh machine (Python >= 3.11 and make).
-# Without make (Windows): python -m venv .venv, activate it, pip install -c constraints.txt -e ".[make,data,captions,notebooks,dev]", then python -m memkit reproduce.
+# Without make (Windows): python -m venv .venv, activate it, pip install -c constraints.txt -e ".[make,gpu,data,captions,notebooks,dev]", then python -m memkit reproduce.
 
 PYTHON ?= python3
 VENV   ?= .venv
 PROFILE ?= smoke
 BIN    := $(VENV)/bin
-PIP_ARGS := -c constraints.txt -e .[make,data,captions,notebooks,dev]
+PIP_ARGS := -c constraints.txt -e .[make,gpu,data,captions,notebooks,dev]
 READY  := $(VENV)/.ready
 
-.PHONY: help setup reproduce test lab export readme bench clean
+.PHONY: help setup reproduce test lab export readme bench gpu-bench clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,9 @@ readme: $(READY) ## nbs/index.ipynb -> README.md
 
 bench: $(READY) ## measure; results are appended to benchmarks/results.jsonl
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+gpu-bench: $(READY) ## the rows of the benchmarks that need a CUDA GPU
+	$(BIN)/python benchmarks/bench_retrieval.py --device cuda --max-gb 4
 
 clean: ## remove the environment
 	rm -rf $(VENV)

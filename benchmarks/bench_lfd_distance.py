@@ -29,28 +29,28 @@ def described(n):
     return np.load(file)
 
 
-def torch_distance():
+def torch_distance(device='cpu'):
     "The paper's algorithm: one query against a block of targets."
     try: import torch
     except ImportError: return None
     torch.set_num_threads(1)
-    codes = torch.arange(256)
+    codes = torch.arange(256, device=device)
     table = (codes[:, None] - codes).abs().to(torch.int32).ravel()
-    alignments = torch.from_numpy(lfd_alignments())
+    alignments = torch.from_numpy(lfd_alignments()).to(device)
     weight = [1]*35 + [2]*11 + [1]
 
     @torch.inference_mode()
     def one_query(q, targets):
-        a, b = torch.from_numpy(q).long(), torch.from_numpy(targets).long()
-        cost = torch.zeros((len(b), 10, 10, 10, 10), dtype=torch.int32)        # target, set and view of the query, set and view of the target
+        a, b = (torch.from_numpy(x).to(device).long() for x in (q, targets))
+        cost = torch.zeros((len(b), 10, 10, 10, 10), dtype=torch.int32, device=device) # target, set and view of the query, set and view of the target
         for c, w in enumerate(weight):
             pair = (a[None, :, :, None, None, c]*256) + b[:, None, None, :, :, c]
             cost += w*table[pair]
-        least = torch.full((len(b),), 2**31 - 1, dtype=torch.int64)
+        least = torch.full((len(b),), 2**31 - 1, dtype=torch.int64, device=device)
         for p in alignments:
             sums = cost.index_select(2, p).diagonal(dim1=2, dim2=4).sum(-1)
             least = torch.minimum(least, sums.flatten(1).amin(1))
-        return least.numpy()
+        return least.cpu().numpy()
 
     return lambda Q, G: np.stack([np.concatenate([one_query(q, G[j:j + 256]) for j in range(0, len(G), 256)]) for q in Q])
 
