@@ -118,7 +118,7 @@ def rod(
     lo = [min(p - ra, q - rb) for p, q in zip(a, b)]; hi = [max(p + ra, q + rb) for p, q in zip(a, b)]
     return Solid(f, tuple(lo), tuple(hi))
 
-# %% ../nbs/07_solids.ipynb #c88a053d
+# %% ../nbs/07_solids.ipynb #18fb928d
 def _polygon(
     x, y,             # coordinates, arrays
     corners,          # (k, 2) floats, in order, closed by itself
@@ -127,11 +127,11 @@ def _polygon(
     "Signed distance to a polygon in the plane. Exact."
     best, inside = None, None
     for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, 0).tolist()):
+        if on_axis and ax == 0 and bx == 0: continue
         ex, ey, px, py = bx - ax, by - ay, x - ax, y - ay
         up, down, left = y >= ay, y < by, ex*py > ey*px
         flip = (up & down & left) | ~(up | down | left)
         inside = flip if inside is None else inside ^ flip
-        if on_axis and ax == 0 and bx == 0: continue
         t = ((px*ex + py*ey)*(1/(ex*ex + ey*ey))).clip(0, 1)
         px, py = px - ex*t, py - ey*t
         d = px*px + py*py
