@@ -317,6 +317,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'memkit.download.Meter': ('download.html#meter', 'memkit/download.py'),
                                  'memkit.download.Meter.spend': ('download.html#meter.spend', 'memkit/download.py'),
                                  'memkit.download._ask': ('download.html#_ask', 'memkit/download.py'),
+                                 'memkit.download._attempt': ('download.html#_attempt', 'memkit/download.py'),
                                  'memkit.download._check_status': ('download.html#_check_status', 'memkit/download.py'),
                                  'memkit.download._finish': ('download.html#_finish', 'memkit/download.py'),
                                  'memkit.download._linked_hash': ('download.html#_linked_hash', 'memkit/download.py'),
