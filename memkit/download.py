@@ -145,16 +145,29 @@ def _linked_hash(answer)->str: # '' where nothing is said
     tags = [r.headers.get('X-Linked-ETag', '').strip('"').lower() for r in [*answer.history, answer]]
     return next((t for t in tags if len(t) == 64 and set(t) <= set('0123456789abcdef')), '')
 
-# %% ../nbs/06_download.ipynb #27e97f8f
+# %% ../nbs/06_download.ipynb #16f57cb7
+def _attempt(session, url:str, part:Path, path:Path, sha256:str, max_bytes:int, stall:float, meter:Meter)->tuple: # bytes, SHA-256, was it compared
+    "Ask, pour, check, rename. Raises whatever goes wrong."
+    answer, start = _ask(session, url, part, bool(sha256), stall)
+    with answer: size = _pour(answer, part, start, max_bytes, stall, meter)
+    known = sha256 or _linked_hash(answer)
+    return size, _finish(part, path, known, start > 0), bool(known)
+
+# %% ../nbs/06_download.ipynb #56c1f59d
+def _share(url:str)->float: # 0.5 to 1.5
+    "By how much the pause of this address differs from that of others."
+    return .5 + int(sha256_of(url)[:4], 16)/65536
+
 @dataclass(frozen=True)
 class Download:
     "A file that has arrived."
     path:Path
     bytes:int
     sha256:str
-    tries:int   # requests sent; 0 when it was already there
+    tries:int      # requests sent; 0 when it was already there
+    verified:bool  # against a checksum from the caller or the server
 
-# %% ../nbs/06_download.ipynb #a1cd4dc3
+# %% ../nbs/06_download.ipynb #42e0486a
 def download(
     url:str,                  # http or https
     path:str|Path,            # where it should appear
@@ -168,19 +181,17 @@ def download(
     session=None,             # requests.Session
 )->Download:
     "Download a file, going on where an earlier attempt stopped. Raises DownloadError; then the part waits for the next attempt."
-    path, meter, k, best, sent = Path(path), meter or Meter(), 0, -1, 0
-    if path.exists() and sha256 and sha256_of(path) == sha256: return Download(path, path.stat().st_size, sha256, 0)
+    path, meter, session, k, best, sent = Path(path), meter or Meter(), session or Lazy('requests', 'data').Session(), 0, -1, 0
+    if path.exists() and sha256 and sha256_of(path) == sha256: return Download(path, path.stat().st_size, sha256, 0, True)
     part = path.with_name(f'.{path.name}.part')
-    session = session or Lazy('requests', 'data').Session()
-    part.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        resumed, sent = part.exists(), sent + 1
+        sent += 1
         try:
-            answer, start = _ask(session, url, part, bool(sha256), stall)
-            with answer: size = _pour(answer, part, start, max_bytes, stall, meter)
-            return Download(path, size, _finish(part, path, sha256 or _linked_hash(answer), resumed and start > 0), sent)
+            size, found, verified = _attempt(session, url, part, path, sha256, max_bytes, stall, meter)
+            return Download(path, size, found, sent, verified)
         except Exception as e: error = _sorted_error(e)
         have = part.stat().st_size if part.exists() else 0
         k, best = (0 if have > best >= 0 else k + 1), max(best, have)
         if error.lasting or error.why == 'disk limit' or k >= tries or (error.wait or 0) > max_wait: raise error from None
-        meter.sleep(error.wait if error.wait is not None else pause*2**k*(.5 + int(sha256_of(url)[:4], 16)/65536))
+        meter.sleep(error.wait if error.wait is not None else pause*2**k*_share(url))
