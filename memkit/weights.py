@@ -6,8 +6,8 @@
 __all__ = ['torch', 'fn', 'WRAPPERS', 'Lazy', 'fetch_weights', 'read_weights', 'check_weights', 'weights_hash', 'random_weights',
            'part', 'linear', 'layer_norm', 'batch_norm', 'run_network']
 
-# %% ../nbs/05_weights.ipynb #16065aad
-import hashlib, importlib, re, zlib
+# %% ../nbs/05_weights.ipynb #a9941713
+import hashlib, importlib, re, zipfile, zlib
 from pathlib import Path
 
 import numpy as np
@@ -53,23 +53,24 @@ def fetch_weights(
         raise InputError(f'{where}: {file} is not here and could not be downloaded ({type(e).__name__}); on a machine with a network run: hf download {where} {file}'
                          + (f' --revision {revision}' if revision else '') + ', and pass the path of the file. FD[lfd94] needs no weights') from e
 
-# %% ../nbs/05_weights.ipynb #8651e38a
-def _load_pickle(path):
+# %% ../nbs/05_weights.ipynb #f27240d4
+def _load_pickle(path, mmap=False):
     "A checkpoint of tensors, containers and numpy numbers; anything else raises."
     scalar = np.float64(0).__reduce__()[0]
     known = [(scalar, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')] + [np.dtype, *(type(np.dtype(t)) for t in '?bBhHiIlLqQefd')]
-    with torch.serialization.safe_globals(known): return torch.load(path, map_location='cpu', weights_only=True)
+    with torch.serialization.safe_globals(known): return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
 
-# %% ../nbs/05_weights.ipynb #36e3daaf
+# %% ../nbs/05_weights.ipynb #65029688
 WRAPPERS = ('module', 'model_state_dict', 'state_dict', 'model') # keys under which checkpoints keep their tensors
 
 def read_weights(
-    path:str|Path, # .safetensors, or a checkpoint written by torch.save
+    path:str|Path,   # .safetensors, or a checkpoint written by torch.save
+    mmap:bool=False, # leave tensors on the disk until they are used; the file must stay as it is meanwhile
 )->dict: # name → tensor on the CPU, as stored
     "The tensors of a file. Raises InputError where it is damaged or holds anything but data."
     path = Path(path)
     if not path.is_file(): raise InputError(f'{path}: no such file')
-    try: state = Lazy('safetensors.torch').load_file(path) if path.suffix == '.safetensors' else _load_pickle(path)
+    try: state = Lazy('safetensors.torch').load_file(path) if path.suffix == '.safetensors' else _load_pickle(path, mmap)
     except InputError: raise
     except Exception as e: # whatever goes wrong inside a foreign file is a fault of the file
         raise InputError(f'{path.name}: cannot be read as data ({type(e).__name__}: {str(e).strip().splitlines()[0][:200] if str(e).strip() else ""}); expected .safetensors, or a '
