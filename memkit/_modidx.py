@@ -50,6 +50,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'memkit.audit._line': ('audit.html#_line', 'memkit/audit.py'),
                               'memkit.audit._plot_uri': ('audit.html#_plot_uri', 'memkit/audit.py'),
                               'memkit.audit._record': ('audit.html#_record', 'memkit/audit.py'),
+                              'memkit.audit._two_sets': ('audit.html#_two_sets', 'memkit/audit.py'),
                               'memkit.audit.audit': ('audit.html#audit', 'memkit/audit.py'),
                               'memkit.audit.distance_figure': ('audit.html#distance_figure', 'memkit/audit.py'),
                               'memkit.audit.page_html': ('audit.html#page_html', 'memkit/audit.py'),
