@@ -129,7 +129,7 @@ def advance(
     if self.ema is not None: torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - min(c.ema, (1 + self.step)/(10 + self.step)))
     return record
 
-# %% ../nbs/03_train.ipynb #cdb5ff3a
+# %% ../nbs/03_train.ipynb #e0bffdcc
 @patch
 @contextlib.contextmanager
 def averaged(
@@ -141,6 +141,7 @@ def averaged(
     def swap():
         with torch.no_grad():
             for p, e in zip(self.params, self.ema): p_old = p.detach().clone(); p.copy_(e); e.copy_(p_old)
+        for m in self.raw.modules() if self.sharded else (): getattr(m, 'reshard', bool)()   # FSDP would compute with the gathered old ones
     swap()
     try: yield
     finally: swap()
@@ -382,11 +383,11 @@ def run(
         if metrics: metrics.close()
     return TrainResult(self.step, self.step >= self.config.steps, metrics.history if metrics else [], self.checkpoint, self.out)
 
-# %% ../nbs/03_train.ipynb #767d8821
+# %% ../nbs/03_train.ipynb #d06323ce
 @patch
 def release(
     self:Trainer,
 )->None:
     "Give the caller's model back as it was: not wrapped, without accelerate's forward."
-    for name in ('forward', '_original_forward'): self.raw.__dict__.pop(name, None)
+    for name in ('forward', '_original_forward', '_is_accelerate_prepared'): self.raw.__dict__.pop(name, None)
     self.accelerator.free_memory()
