@@ -1,11 +1,11 @@
 # Two commands are enough: `make reproduce` and `make test`. Each sets itself up on a fresh machine (Python >= 3.11 and make).
-# Without make (Windows): python -m venv .venv, activate it, pip install -c constraints.txt -e ".[make,gpu,data,captions,notebooks,dev]", then python -m memkit reproduce.
+# Without make (Windows): python -m venv .venv, activate it, pip install -c constraints.txt -e ".[make,gpu,cluster,data,captions,notebooks,dev]", then python -m memkit reproduce.
 
 PYTHON ?= python3
 VENV   ?= .venv
 PROFILE ?= smoke
 BIN    := $(VENV)/bin
-PIP_ARGS := -c constraints.txt -e .[make,gpu,data,captions,notebooks,dev]
+PIP_ARGS := -c constraints.txt -e .[make,gpu,cluster,data,captions,notebooks,dev]
 READY  := $(VENV)/.ready
 
 .PHONY: help setup reproduce test lab export readme bench gpu-bench clean

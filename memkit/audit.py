@@ -6,7 +6,7 @@
 __all__ = ['PAGE', 'STYLE', 'BODY', 'AuditReport', 'report_record', 'protocol', 'distance_figure', 'page_html', 'write_report',
            'audit', 'write_nearest']
 
-# %% ../nbs/37_audit.ipynb #7ff062b4
+# %% ../nbs/37_audit.ipynb #f01fcf1f
 import base64, csv, io
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from .benchmark import calibration_line, load_calibration
+from .cluster import cluster_address, describe_shards, nearest_shards
 from .core import InputError, atomic_path, provenance, write_json
+from .database import is_database, load_database
 from .distances import DISTANCES, Distance
 from .judge import NEAR, Judgement, ShapeSet, audit_distance, describe_set, judge, label_shapes, neighbour_rows, neighbours, read_groups
 from .neighbours import guard_cell, write_neighbours_csv, write_neighbours_json
@@ -258,7 +260,16 @@ def audit(
     report = AuditReport(judged, t, p, test_rows, leaks, _differences(judged, test_rows), distance, provenance(), out)
     return write_report(report)
 
-# %% ../nbs/37_audit.ipynb #91c27eda
+# %% ../nbs/37_audit.ipynb #a9fffc59
+def _two_sets(sources, distance, folder, k, n_jobs, cluster):
+    "Two sets described, and the nearest of the first in the second: (sets, indices, distances)."
+    if cluster and distance.name != 'lfd': raise InputError(f'cluster: shards are searched by lfd; {distance.name} runs on one machine')
+    if cluster: sets = [load_database(s, descriptor='lfd') if is_database(s) else describe_shards(s, folder/f'{n}-lfd', cluster=cluster) for n, s in sources.items()]
+    else: sets = [describe_set(n, s, distance, folder, n_jobs) for n, s in sources.items()]
+    if k > len(sets[1].ids): raise InputError(f'k = {k}: expected at most {len(sets[1].ids)}, the size of {Path(sources["gallery"]).name}')
+    return sets, *(nearest_shards(*sets, folder, k, cluster) if cluster else neighbours(*sets, distance, k, n_jobs=n_jobs))
+
+# %% ../nbs/37_audit.ipynb #5e32f1fd
 def write_nearest(
     query:str|Path,       # folder of meshes, or a database
     gallery:str|Path,     # the same, usually the training set
@@ -266,13 +277,12 @@ def write_nearest(
     k:int=1,              # neighbours a shape
     metric:str='lfd',     # `lfd_pose`, or a name of `DISTANCES`
     n_jobs:int|None=None, # processes; default: all cores
+    cluster:str|None=None,# dask scheduler, see `memkit.cluster.cluster_address`
 )->str: # one line for the terminal
     "Describe two sets and write the neighbours of the first in the second. Raises InputError."
     out, distance = Path(out), audit_distance(metric)
     if out.suffix not in ('.csv', '.json'): raise InputError(f'{out.name}: expected a name that ends in .csv or .json')
-    sets = [describe_set(n, s, distance, out.parent/f'{out.stem}-descriptors', n_jobs) for n, s in (('query', query), ('gallery', gallery))]
-    if k > len(sets[1].ids): raise InputError(f'k = {k}: expected at most {len(sets[1].ids)}, the size of {Path(gallery).name}')
-    index, d = neighbours(*sets, distance, k, n_jobs=n_jobs)
+    sets, index, d = _two_sets(dict(query=query, gallery=gallery), distance, out.parent/f'{out.stem}-descriptors', k, n_jobs, cluster_address(cluster))
     (write_neighbours_json if out.suffix == '.json' else write_neighbours_csv)(out, sets[0].ids, sets[1].ids, index, d)
     missing = sum(len(s.failures) for s in sets)
     return f'{out}: {len(index)} shapes' + (f', {missing} meshes could not be described' if missing else '')

@@ -59,12 +59,13 @@ def check(
     from memkit.mesh import load_mesh, mesh_health
     for path in meshes: print(f'{path.name}: {mesh_health(*load_mesh(path))}')
 
-# %% ../nbs/99_cli.ipynb #2dc538b7
+# %% ../nbs/99_cli.ipynb #87c61593
 @app.command()
 def lfd(
     paths: Annotated[list[Path], typer.Argument(help='Two meshes A B, or one folder with --db.')],
     db: Annotated[Optional[Path], typer.Option(help='Describe the folder into this database instead.')] = None,
     jobs: Annotated[Optional[int], typer.Option(min=1, help='Processes; default: all cores.')] = None,
+    cluster: Annotated[Optional[str], typer.Option(help='dask scheduler: tcp://host:8786 or its file; also MEMKIT_CLUSTER.')] = None,
     decimals: Annotated[Optional[int], typer.Option(help="Round coordinates first; 8 is what the paper's pipeline does.")] = None,
 ):
     "Light field distance of two meshes, an integer, 0 for the same shape. With --db: describe a folder once for `nearest` and `audit`."
@@ -72,20 +73,20 @@ def lfd(
     from memkit.mesh import load_mesh
     if db:
         if len(paths) != 1: raise InputError(f'--db: expected one folder of meshes, got {len(paths)} paths')
-        return _build(paths[0], db, jobs)
+        return _build(paths[0], db, jobs, cluster)
     if len(paths) != 2: raise InputError(f'expected two meshes, or one folder with --db; got {len(paths)} path{"s"*(len(paths) != 1)}')
     print(lfd_distance(*(lfd_descriptor(*load_mesh(p), round_decimals=decimals) for p in paths)))
 
-# %% ../nbs/99_cli.ipynb #44bf3998
-def _build(folder, db, jobs):
+# %% ../nbs/99_cli.ipynb #47797c3e
+def _build(folder, db, jobs, cluster):
     "Describe a folder and say what became of it; exits with 1 when meshes failed."
-    from memkit.database import build_database
-    made = build_database(folder, db, n_jobs=jobs)
+    from memkit.cluster import describe_shards
+    made = describe_shards(folder, db, cluster=cluster, n_jobs=jobs)
     print(f'{len(made.ids)} shapes in {db}')
     for name, why in made.failures.items(): print(f'not described: {name}: {why}', file=sys.stderr)
     if made.failures: raise typer.Exit(1)
 
-# %% ../nbs/99_cli.ipynb #c5487a42
+# %% ../nbs/99_cli.ipynb #52e3373b
 @app.command()
 def nearest(
     query: Annotated[Path, typer.Argument(help='Folder of meshes, or a database.')],
@@ -94,10 +95,11 @@ def nearest(
     k: Annotated[int, typer.Option(min=1, help='Neighbours per shape.')] = 1,
     metric: Annotated[str, typer.Option(help='lfd, lfd_pose, cd, …: a wrong name lists all.')] = 'lfd',
     jobs: Annotated[Optional[int], typer.Option(min=1, help='Processes; default: all cores.')] = None,
+    cluster: Annotated[Optional[str], typer.Option(help='dask scheduler: tcp://host:8786 or its file; also MEMKIT_CLUSTER.')] = None,
 ):
     "The k nearest gallery shapes of each query shape. Descriptions are kept beside OUT, so a second run is quick."
     from memkit.audit import write_nearest
-    print(write_nearest(query, gallery, out, k=k, metric=metric, n_jobs=jobs))
+    print(write_nearest(query, gallery, out, k=k, metric=metric, n_jobs=jobs, cluster=cluster))
 
 # %% ../nbs/99_cli.ipynb #e210b7a3
 @app.command()
