@@ -98,8 +98,13 @@ def sheet_views(
         return [picture[i*width:(i + 1)*width] for i in views]
     return look
 
-# %% ../nbs/43_describe.ipynb #ec638518
+# %% ../nbs/43_describe.ipynb #27dd99cf
 _SHEET = re.compile(r'(?:/images/model_normalized)?/(?:sprites?|views)(?:_v?\d+)?$|[._](?:sprites?|views)(?:_v?\d+)?$')
+
+def _load(path):
+    "A mesh; its faults are told without the place where it lies."
+    try: return load_mesh(path)
+    except InputError as e: raise InputError(str(e).replace(str(path), Path(path).name)) from None
 
 def find_views(
     source,        # folder of meshes or sheets; list of built-in shapes; dict id → (V, F), Shape or file
@@ -109,7 +114,7 @@ def find_views(
     def one(x):
         if hasattr(x, 'mesh'): return mesh_views(lambda: x.mesh(64), size)
         if isinstance(x, tuple): return mesh_views(lambda: x, size)
-        return sheet_views(x) if Path(x).suffix.lower() in ('.png', '.jpg', '.jpeg') else mesh_views(lambda: load_mesh(x), size)
+        return sheet_views(x) if Path(x).suffix.lower() in ('.png', '.jpg', '.jpeg') else mesh_views(lambda: _load(x), size)
     if isinstance(source, dict): return {k: one(source[k]) for k in sorted(source)}
     if not isinstance(source, (str, Path)): return {f'{s.category}_{i:04d}': one(s) for i, s in enumerate(source)}
     folder, found = Path(source), {}
