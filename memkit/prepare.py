@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['VARIANTS', 'NEAR', 'sample_frame', 'volume_points', 'near_points', 'mesh_samples', 'shape_samples']
 
-# %% ../nbs/45_prepare.ipynb #5d74fc9e
+# %% ../nbs/45_prepare.ipynb #fe3ae725
 import numpy as np
 
 from .core import InputError, make_rng
 from .mesh import check_mesh
 from .points import sample_surface
-from .sdf import mesh_field
+from .sdf import MeshField
 from .shapes import Shape
 
 # %% ../nbs/45_prepare.ipynb #b446c919
@@ -74,7 +74,7 @@ def _check_counts(**counts):
     for name, n in counts.items():
         if not isinstance(n, (int, np.integer)) or n < 1: raise InputError(f'{name} = {n!r}: expected a number of points, at least 1')
 
-# %% ../nbs/45_prepare.ipynb #c982cf18
+# %% ../nbs/45_prepare.ipynb #885fab21
 def mesh_samples(
     V:np.ndarray,          # (v,3), in any unit
     F:np.ndarray,          # (f,3); need not be watertight
@@ -89,7 +89,7 @@ def mesh_samples(
     shifts, scale = sample_frame(V, F, variant)
     U = (V - shifts)*scale                  # sampled and measured after normalising: single precision is enough there
     surface = sample_surface(U, F, n_surface, seed)[0].astype(np.float64)
-    return _samples(mesh_field(U, F), surface, 0., 1., variant, seed, n_vol, n_near) | dict(shifts=shifts, scale=np.float64(scale))
+    return _samples(MeshField(U, F), surface, 0., 1., variant, seed, n_vol, n_near) | dict(shifts=shifts, scale=np.float64(scale))
 
 # %% ../nbs/45_prepare.ipynb #99fdd6d0
 def _onto_surface(field, points, steps=2, h=1e-4):
