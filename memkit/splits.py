@@ -21,8 +21,8 @@ from .download import DownloadError, download
 from .neighbours import guard_cell
 from .weights import Lazy
 
-# %% ../nbs/40_splits.ipynb #d78d87d4
-MAX_TABLE, MAX_CELL = 1 << 30, 100_000  # bytes of a file; characters of a cell
+# %% ../nbs/40_splits.ipynb #1ca0023d
+MAX_TABLE, MAX_CELL = 1 << 29, 100_000  # bytes of a file; characters of a cell
 
 def _decode(raw:bytes, name:str)->str:
     "UTF-8 text. Raises InputError naming the line of the first byte that is none."
@@ -205,7 +205,7 @@ def read_split(
     sha256 = sha256_of(''.join(s.sha256 for s in (first, *others))) if others else first.sha256
     return replace(first, captions=captions, sha256=sha256, source=', '.join(dict.fromkeys(s.source for s in (first, *others))))
 
-# %% ../nbs/40_splits.ipynb #9c0519b3
+# %% ../nbs/40_splits.ipynb #172519bd
 def write_split(
     split:Split,
     path:str|Path, # .csv, written atomically
@@ -213,7 +213,7 @@ def write_split(
     "A Split as CSV with columns id, label, the levels of its captions and the rest; formulas are made harmless."
     columns = dict(id=split.ids) | (dict(label=split.labels) if split.labels else {}) | split.captions | split.extra
     with atomic_path(path) as tmp, open(tmp, 'w', newline='', encoding='utf-8') as f:
-        csv.writer(f, lineterminator='\n').writerows([list(columns), *([guard_cell(x) for x in row] for row in zip(*columns.values()))])
+        csv.writer(f).writerows([list(columns), *([guard_cell(x) for x in row] for row in zip(*columns.values()))])
     return Path(path)
 
 # %% ../nbs/40_splits.ipynb #56c213a3
