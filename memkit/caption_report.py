@@ -133,7 +133,7 @@ def recovery(
     return Recovery(level, float(ok.mean()), {c: share(truth == i) for i, c in enumerate(classes) if (truth == i).any()}, dict(Counter((classes[a], classes[b]) for a, b in zip(truth, found) if a != b).most_common()),
         {t: (round(float((score >= t).mean()), 4), share(score >= t)) for t in (.2, .3, .4, .5, .6, .7)})
 
-# %% ../nbs/44_caption_report.ipynb #d5692142
+# %% ../nbs/44_caption_report.ipynb #3e17c123
 def caption_report(
     split:Split,       # with captions
     tokenizer=None,    # as `count` of `cut_captions`; None: leave that part out
@@ -144,13 +144,13 @@ def caption_report(
     if not split.captions: raise InputError(f'{split.name}: has no captions')
     share = lambda flags: round(sum(flags)/max(1, len(flags)), 4)
     report = dict(list=split.name, rows=len(split), sha256=split.sha256, levels={})
-    bits = information(({'class': split.labels} if split.labels else {}) | split.captions)
+    bits = information(({'class': split.labels} if any(split.labels) else {}) | split.captions)
     for level, texts in split.captions.items():
         groups = duplicate_groups(texts, threshold)
         about = [bool(TALK & set(words(t))) for t in texts]
         r = bits[level] | dict(empty=sum(not t.strip() for t in texts), duplicate_groups=len(groups), duplicate_rows=sum(map(len, groups)), largest_groups=[[split.ids[i] for i in g[:8]] for g in groups[:3]],
             picture_words=share(about), surface_words=share([bool(surface_words(t)) for t in texts]))
-        if split.labels:
+        if any(split.labels):
             known = [(l, t) for l, t in zip(split.labels, texts) if l and t.strip()]
             r['disagree'] = share([not agrees(l, t, members) for l, t in known])
             r['disagree_by_class'] = {c: share([not agrees(l, t, members) for l, t in known if l == c]) for c in split.classes}
