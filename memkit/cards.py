@@ -111,7 +111,7 @@ def _levels_table(captions:dict)->str:
     return markdown_table([('level', 'distinct', 'entropy, bits', 'words mean', 'median', 'p95', 'max'), *((k, f'{c["distinct"]:,}', f'{c["entropy_bits"]:.2f}',
         *((f'{c["words"]["mean"]:.1f}', f'{c["words"]["median"]:g}', f'{c["words"]["p95"]:g}', c['words']['max']) if 'words' in c else ('',)*4)) for k, c in captions.items())])
 
-# %% ../nbs/47_cards.ipynb #70a8748c
+# %% ../nbs/47_cards.ipynb #5b2d01c6
 def built_in_card()->str:
     "The card of the built-in shapes."
     f = built_in_facts()
@@ -122,7 +122,7 @@ def built_in_card()->str:
         'Curators': 'The memkit developers.', 'Licence': 'Apache-2.0, like memkit. No shape was derived from anybody\'s model.', 'Sources': 'Formulas in the notebooks 15 to 18.',
         'Structure': f'`shape_set(n, seed)` gives a balanced set; sets with different seeds share no shape. Counted on {f["rows"]:,} shapes, {f["each"]} of each category: {f["distinct_shapes"]:,} are distinct.\n\n{table}',
         'Captions': f'Counted on the same {f["rows"]:,} shapes; the greatest possible entropy is {math.log2(f["rows"]):.2f} bits.\n\n{_levels_table(f["captions"])}',
-        'Annotation process': 'None: captions are functions of the parameters, at three levels (phrase, sentence, paragraph).',
+        'Annotation process': 'Nobody annotated anything: captions are functions of the parameters, at three levels (phrase, sentence, paragraph).',
         'Bias and limitations': 'The variety is that of the parameters, far below that of collected shapes: a figure obtained here proves that a method works, not how it fares on real data. Classes are equal in number, which real ones never are.',
         'Recommendations': 'Use them to test a pipeline, to plant copies with known answers, and to teach. Do not report them as a benchmark of generators.', 'Citation': 'Cite memkit.'})
 
