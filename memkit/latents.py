@@ -8,7 +8,7 @@ __all__ = ['FORMAT', 'SCALE_OF', 'FLUX_VAE', 'PointSource', 'draw_points', 'poin
            'picture_grid', 'z_scale', 'LatentSet', 'load_vae', 'tiny_vae', 'encode_pictures', 'decode_pictures',
            'train_tiny_vae', 'encode_picture_set']
 
-# %% ../nbs/51_latents.ipynb #06ad8d36
+# %% ../nbs/51_latents.ipynb #c8b08a59
 import copy, json, re, warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,8 +26,9 @@ from .clip import count_views, pick_view, read_image
 from .core import InputError, atomic_path, make_rng, progress, sha256_of, write_json
 from .mesh import find_meshes, load_mesh
 from .points import sample_surface
-from .prepare import sample_frame, shape_samples
+from .prepare import Prepared, prepared_shapes, sample_frame, shape_samples
 from .shapes import LEVELS, Shape
+from .splits import read_split
 from .weights import Lazy, weights_hash
 
 # %% ../nbs/51_latents.ipynb #1aafc7e8
@@ -53,10 +54,22 @@ def draw_points(
     if not np.isfinite(points).all(): raise InputError(f'{name}: surface points with NaN or infinity')
     return points
 
-# %% ../nbs/51_latents.ipynb #9ab899d1
+# %% ../nbs/51_latents.ipynb #16c5e79f
 def _of_shapes(shapes, n, seed):
     said = {level: [s.caption(level) for s in shapes] for level in LEVELS}
-    return PointSource([f'{s.category}-{s.seed}' for s in shapes], lambda i: shape_samples(shapes[i], seed, 1, 1, n, resolution=64)['surface_points'], [s.category for s in shapes], said)
+    ids = [f'{s.category}-{sha256_of(repr(sorted(s.params.items())))[:8] if s.seed is None else s.seed}' for s in shapes] # as 45_prepare names them
+    return PointSource(ids, lambda i: shape_samples(shapes[i], seed, 1, 1, n, resolution=64)['surface_points'], [s.category for s in shapes], said)
+
+def _of_prepared(samples, n, seed):
+    "Of a prepared folder; the list that lies in it says what its shapes are."
+    if samples.recipe.variant != 'sphere': raise InputError(f'{samples.folder}: prepared in a {samples.recipe.variant}; the autoencoder reads shapes in the unit ball, prepare them with variant sphere')
+    ids, path = list(samples.ids), Path(samples.folder)/'split.csv'
+    source, split = PointSource(ids, lambda i: draw_points(samples.load(ids[i])['surface_points'], n, seed, ids[i])), read_split(path) if path.is_file() else None
+    if split is not None and set(ids) <= set(split.ids):
+        at = {k: i for i, k in enumerate(split.ids)}
+        pick = lambda values: [values[at[k]] for k in ids] if values else []
+        source.labels, source.captions = pick(split.labels), {k: pick(v) for k, v in split.captions.items()}
+    return source
 
 def _of_meshes(meshes, n, seed):
     "Of a dict id → path, or (V, F)."
@@ -67,22 +80,20 @@ def _of_meshes(meshes, n, seed):
         return sample_surface((V - shift)*scale, F, n, int(make_rng(seed, 'encode', ids[i]).integers(2**31)))[0]
     return PointSource(ids, load)
 
-# %% ../nbs/51_latents.ipynb #49d1f9e1
+# %% ../nbs/51_latents.ipynb #7e3f6272
 def point_source(
-    samples,           # folder of meshes, list of built-in shapes, prepared folder, dict of (V, F), dict or list of (id, points)
+    samples,           # folder of meshes, prepared folder, list of built-in shapes, dict or list of (id, file | (V, F) | points)
     n_points:int=8192, # of each shape
     seed:int=0,        # of the choice of points
     split=None,        # a Split: ids that are used, in its order, with labels and captions
 )->PointSource:
     "Anything that holds shapes, as points. Raises InputError where nothing is in it."
-    if isinstance(samples, (str, Path)): source = _of_meshes(find_meshes(samples), n_points, seed)
-    elif hasattr(samples, 'ids') and hasattr(samples, 'load'):
-        ids = list(samples.ids)
-        source = PointSource(ids, lambda i: draw_points(samples.load(ids[i])['surface_points'], n_points, seed, ids[i]), list(getattr(samples, 'labels', ())), dict(getattr(samples, 'captions', {})))
+    if isinstance(samples, (str, Path)): samples = prepared_shapes(samples) if (Path(samples)/'manifest.json').is_file() else {k: Path(v) for k, v in find_meshes(samples).items()}
+    if isinstance(samples, Prepared): source = _of_prepared(samples, n_points, seed)
     else:
         items = list(samples.items() if isinstance(samples, dict) else samples)
         if items and isinstance(items[0], Shape): source = _of_shapes(items, n_points, seed)
-        elif items and isinstance(items[0][1], tuple): source = _of_meshes(dict(items), n_points, seed)
+        elif items and isinstance(items[0][1], (tuple, Path)): source = _of_meshes(dict(items), n_points, seed)
         else: source = PointSource([str(k) for k, _ in items], lambda i: draw_points(items[i][1], n_points, seed, str(items[i][0])))
     if not source.ids or len(set(source.ids)) < len(source.ids): raise InputError(f'{len(source.ids)} shapes with {len(set(source.ids))} different ids; expected at least one, and each id once')
     return choose(source, split) if split is not None else source
@@ -440,9 +451,9 @@ def decode_pictures(
     out = torch.cat([paint(tokens[i:i + batch_size]).clamp(0, 1).cpu() for i in range(0, len(tokens), batch_size)])
     return (out*255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
-# %% ../nbs/51_latents.ipynb #f32fa621
+# %% ../nbs/51_latents.ipynb #63766e13
 def train_tiny_vae(
-    pictures:np.ndarray, # (n, h, w, 3) uint8; sides a multiple of 4
+    pictures:np.ndarray, # (n, h, w, 3) uint8; sides a multiple of 2 for each level but the first
     steps:int=200,       # of AdamW
     batch_size:int=8, lr:float=3e-3, kl:float=1e-5, seed:int=0,
     **sizes,             # of `tiny_vae`
