@@ -59,13 +59,14 @@ def check(
     from memkit.mesh import load_mesh, mesh_health
     for path in meshes: print(f'{path.name}: {mesh_health(*load_mesh(path))}')
 
-# %% ../nbs/99_cli.ipynb #87c61593
+# %% ../nbs/99_cli.ipynb #299373c5
 @app.command()
 def lfd(
     paths: Annotated[list[Path], typer.Argument(help='Two meshes A B, or one folder with --db.')],
     db: Annotated[Optional[Path], typer.Option(help='Describe the folder into this database instead.')] = None,
     jobs: Annotated[Optional[int], typer.Option(min=1, help='Processes; default: all cores.')] = None,
     cluster: Annotated[Optional[str], typer.Option(help='dask scheduler: tcp://host:8786 or its file; also MEMKIT_CLUSTER.')] = None,
+    device: Annotated[str, typer.Option(help='With --db: cuda draws the silhouettes on a GPU; the bytes are the same.')] = 'cpu',
     decimals: Annotated[Optional[int], typer.Option(help="Round coordinates first; 8 is what the paper's pipeline does.")] = None,
 ):
     "Light field distance of two meshes, an integer, 0 for the same shape. With --db: describe a folder once for `nearest` and `audit`."
@@ -73,15 +74,21 @@ def lfd(
     from memkit.mesh import load_mesh
     if db:
         if len(paths) != 1: raise InputError(f'--db: expected one folder of meshes, got {len(paths)} paths')
-        return _build(paths[0], db, jobs, cluster)
+        return _build(paths[0], db, jobs, cluster, device)
     if len(paths) != 2: raise InputError(f'expected two meshes, or one folder with --db; got {len(paths)} path{"s"*(len(paths) != 1)}')
     print(lfd_distance(*(lfd_descriptor(*load_mesh(p), round_decimals=decimals) for p in paths)))
 
-# %% ../nbs/99_cli.ipynb #47797c3e
-def _build(folder, db, jobs, cluster):
+# %% ../nbs/99_cli.ipynb #692bb556
+def _build(folder, db, jobs, cluster, device):
     "Describe a folder and say what became of it; exits with 1 when meshes failed."
-    from memkit.cluster import describe_shards
-    made = describe_shards(folder, db, cluster=cluster, n_jobs=jobs)
+    if device == 'cpu':
+        from memkit.cluster import describe_shards
+        made = describe_shards(folder, db, cluster=cluster, n_jobs=jobs)
+    else:
+        from memkit.embed import embed_folder
+        from memkit.lfd_batch import DeviceLfd
+        from memkit.retrieval import search_device
+        made = embed_folder(folder, DeviceLfd(search_device(device) or 'cpu', jobs), db, n_jobs=jobs, desc='describing')
     print(f'{len(made.ids)} shapes in {db}')
     for name, why in made.failures.items(): print(f'not described: {name}: {why}', file=sys.stderr)
     if made.failures: raise typer.Exit(1)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['embed_folder', 'encoder_distance', 'embedding_stats']
 
-# %% ../nbs/30_embed.ipynb #5fc002e8
+# %% ../nbs/30_embed.ipynb #8330dfe9
 import re
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,9 @@ from .core import InputError, progress, sha256_of
 from .database import Database, Journal, _describe_file, _previous, _recorded, _still_valid, build_database, descriptor_of, source_paths
 from .distances import Distance
 from .features import FeatureStats, feature_label, feature_stats
-from .workers import map_isolated
+from .workers import describe_error, map_isolated
 
-# %% ../nbs/30_embed.ipynb #a2449953
+# %% ../nbs/30_embed.ipynb #58db255c
 def _embed_all(journal, todo:dict, encoder, batch_size, n_jobs, time_limit, bar):
     "Embed the files of `todo` (id → path) into the journal."
     names, waiting = list(todo), []
@@ -28,9 +28,11 @@ def _embed_all(journal, todo:dict, encoder, batch_size, n_jobs, time_limit, bar)
         bar.update(1)
     def flush():
         if not waiting: return
-        rows = encoder.embed(np.stack([x for *_, x in waiting]))
+        batch = [x for *_, x in waiting]
+        rows = encoder.embed(batch if getattr(encoder, 'ragged', False) else np.stack(batch))
         for (name, source, _), row in zip(waiting, rows, strict=True):
-            note(name, source, *(('done', row) if np.isfinite(row).all() else ('raised', 'the embedding is NaN or infinite')))
+            if isinstance(row, Exception): note(name, source, 'raised', describe_error(row))
+            else: note(name, source, *(('done', row) if np.isfinite(row).all() else ('raised', 'the embedding is NaN or infinite')))
         waiting.clear()
     for outcome in map_isolated(partial(_describe_file, encoder.prepare), [str(p) for p in todo.values()], n_jobs, time_limit):
         name = names[outcome.index]
