@@ -60,7 +60,7 @@ def main():
     ratio = float(np.median([row[3]/row[1] for row in rounds]))
     print(f'{args.shapes} × {args.shapes} shapes, {args.points} points; ms per pair, CPU (wall), median of {args.repeat}')
     print(f'memkit chamfer_distance  {c:7.3f} ({w:.3f})   all {n} pairs in {whole["cpu"]} s CPU, {whole["wall"]} s wall\ncKDTree loop             {ct:7.3f} ({wt:.3f})   {ratio:.2f} × memkit')
-    record = provenance(bench='chamfer', shapes=args.shapes, points=args.points, tree_pairs=rows*args.shapes, repeat=args.repeat, threads=1, load=os.getloadavg()[0] if hasattr(os, 'getloadavg') else None,
+    record = provenance(benchmark='chamfer', shapes=args.shapes, points=args.points, tree_pairs=rows*args.shapes, repeat=args.repeat, threads=1, load=os.getloadavg()[0] if hasattr(os, 'getloadavg') else None,
         all_pairs_seconds=whole, ms_per_pair={'memkit': dict(cpu=round(c, 4), wall=round(w, 4)), 'cKDTree loop': dict(cpu=round(ct, 4), wall=round(wt, 4))}, cpu_ratio=round(ratio, 2), largest_difference=worst)
     with open(args.out, 'a') as f: f.write(json.dumps(record) + '\n')
 

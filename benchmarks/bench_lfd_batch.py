@@ -51,7 +51,7 @@ def main():
                          bytes_that_differ=differ, seconds_a_mesh={k: round(s, 5) for k, s in spent.items()}))
         print(rows[-1])
     name = torch.cuda.get_device_name(args.device) if args.device.startswith('cuda') else args.device
-    with open(args.out, 'a') as f: f.write(json.dumps(provenance(bench='lfd_batch', device=name, meshes=args.meshes, rows=rows)) + '\n')
+    with open(args.out, 'a') as f: f.write(json.dumps(provenance(benchmark='lfd_batch', device=name, meshes=args.meshes, rows=rows)) + '\n')
 
 
 if __name__ == '__main__': main()

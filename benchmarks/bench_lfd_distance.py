@@ -92,7 +92,7 @@ def main():
     print(f'{len(Q)} queries, {len(G)} shapes ({args.cached or "memkit.shapes"}); pairs per CPU second, one core, best of {args.repeat} (median)')
     for name, s in speed.items(): print(f'{name:20s} {max(s):12,.0f} ({np.median(s):,.0f})   {max(s)/base:8.1f} × torch')
     for k, stats in saved.items(): print(f'k={k}: {stats}')
-    record = provenance(bench='lfd_distance', source='file' if args.cached else 'memkit.shapes', shapes=len(G), queries=len(Q), repeat=args.repeat, threads=1,
+    record = provenance(benchmark='lfd_distance', source='file' if args.cached else 'memkit.shapes', shapes=len(G), queries=len(Q), repeat=args.repeat, threads=1,
         pairs_per_cpu_s={n: dict(best=round(max(s)), median=round(float(np.median(s)))) for n, s in speed.items()},
         ratio_to_torch={n: round(max(s)/base, 1) for n, s in speed.items()} if paper else None, search={f'k={k}': vars(s) for k, s in saved.items()})
     with open(args.out, 'a') as f: f.write(json.dumps(record) + '\n')

@@ -70,7 +70,7 @@ def main():
                   f'{rows[-1]["zero"]} of {len(posed["turned"])} copies at 0; {np.mean(list(spent.values())):.2f} CPU s per query', flush=True)
     base = dict(auc={n: round(auc(plain[n], plain['test']), 4) for n in queries[:2]}, median={n: float(np.median(x)) for n, x in plain.items()})
     print(f'plain: {base}')
-    record = provenance(bench='pose', train=len(sets['train']), test=len(sets['test']), load=os.getloadavg()[0] if hasattr(os, 'getloadavg') else None, plain=base, posed=rows)
+    record = provenance(benchmark='pose', train=len(sets['train']), test=len(sets['test']), load=os.getloadavg()[0] if hasattr(os, 'getloadavg') else None, plain=base, posed=rows)
     with open(args.out, 'a') as f: f.write(json.dumps(record) + '\n')
 
 

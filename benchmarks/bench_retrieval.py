@@ -74,7 +74,7 @@ def main():
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1e6
         rows.append(dict(gallery=n, wall_s=round(wall, 2), cpu_s=round(cpu, 2), pairs_per_cpu_s=round(pairs/cpu), pairs_per_s=round(pairs/wall), exact_share=stats.exact/pairs, median_d=float(np.median(D)), peak_gb=round(peak, 2)))
         print(f'{n:7,} shapes: {wall:8.1f} s wall {cpu:8.1f} s CPU  {pairs/cpu:12,.0f} pairs per CPU s  exact {stats.exact/pairs:.2%}  median distance {np.median(D):,.0f}  peak {peak:.2f} GB')
-    with open(args.out, 'a') as f: f.write(json.dumps(provenance(bench='retrieval', queries=len(Q), jobs=args.jobs, device=device or 'cpu', max_gb=args.max_gb, rows=rows, **extra)) + '\n')
+    with open(args.out, 'a') as f: f.write(json.dumps(provenance(benchmark='retrieval', queries=len(Q), jobs=args.jobs, device=device or 'cpu', max_gb=args.max_gb, rows=rows, **extra)) + '\n')
 
 
 if __name__ == '__main__': main()

@@ -1,0 +1,67 @@
+"""Batching in captioning: replies and vectors of a tiny model of the real class, one by one and in batches sorted by length.
+
+The model is a Qwen3 with random weights (memkit.tiny_models), so what is measured is the machinery around it: padding, batching, decoding. A large model on a processor gains less, on an accelerator
+usually more. Each side has the same prompts, of 20 to 400 characters, and must give the same words; the ratio is of CPU time, median over rounds in which both take turns.
+
+usage: bench_captions.py [--rows 128] [--batch 32] [--tokens 24] [--repeat 3] [--out FILE]
+Prints a table and appends one JSON line to benchmarks/results.jsonl."""
+import os
+for name in ('OPENBLAS_NUM_THREADS', 'OMP_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ.setdefault(name, '1')   # before numpy and torch: waiting threads count as CPU time
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+
+import argparse, json, tempfile, time
+from pathlib import Path
+
+import numpy as np
+
+from memkit.core import make_rng, provenance
+from memkit.language import Prompt
+from memkit.local_models import LocalModel
+from memkit.shapes import shape_set
+from memkit.tiny_models import tiny_text_model
+
+
+def prompts_of(n):
+    "Questions whose lengths differ as captions of all three levels do."
+    rng = make_rng(0, 'bench-captions')
+    return [Prompt(str(i), s.caption(('phrase', 'sentence', 'paragraph')[int(rng.integers(3))]), 'Keep it or drop it.') for i, s in enumerate(shape_set(n, seed=1))]
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--rows', type=int, default=128)
+    p.add_argument('--batch', type=int, default=32)
+    p.add_argument('--tokens', type=int, default=24)
+    p.add_argument('--repeat', type=int, default=3)
+    p.add_argument('--out', type=Path, default=Path(__file__).with_name('results.jsonl'))
+    o = p.parse_args()
+    prompts, jobs = prompts_of(o.rows), {}
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_text_model(folder)
+        for name, size in (('one by one', 1), (f'batches of {o.batch}', o.batch)):
+            writer, reader = (LocalModel(folder, task, device='cpu', batch_size=size, max_new_tokens=o.tokens) for task in ('text', 'embedding'))
+            writer.generate(prompts[:2]); reader.embed([q.user for q in prompts[:2]])   # first calls set things up
+            jobs[name] = {'generate': (lambda w=writer: [r.text for r in w.generate(prompts)], writer), 'embed': (lambda r=reader: r.embed([q.user for q in prompts]), reader)}
+        clocks, said = {}, {}
+        for _ in range(o.repeat):
+            for name, tasks in jobs.items():
+                for task, (f, backend) in tasks.items():
+                    backend.meter = type(backend.meter)()
+                    wall, cpu = time.perf_counter(), time.process_time()
+                    said[name, task] = f()
+                    clocks.setdefault((name, task), []).append((time.perf_counter() - wall, time.process_time() - cpu, backend.meter.record()))
+    alone, together = jobs
+    assert said[alone, 'generate'] == said[together, 'generate'], 'batching changed the words'
+    assert np.allclose(said[alone, 'embed'], said[together, 'embed'], atol=1e-5), 'batching changed the vectors'
+    rows, ratios = {}, {}
+    for (name, task), c in clocks.items():
+        best = min(c, key=lambda x: x[1])
+        rows[f'{task}, {name}'] = dict(wall=round(best[0], 3), cpu=round(best[1], 3), rows_per_s=best[2]['rows_per_s'], tokens_per_s=best[2]['tokens_per_s'])
+        print(f'{task:9s} {name:14s} {best[0]:7.2f} s wall {best[1]:7.2f} s CPU {best[2]["rows_per_s"]:9.1f} rows/s {best[2]["tokens_per_s"]:9.0f} tokens/s')
+    for task in ('generate', 'embed'): ratios[task] = round(float(np.median([a[1]/b[1] for a, b in zip(clocks[alone, task], clocks[together, task])])), 1)
+    print('; '.join(f'{task}: {r} times as fast' for task, r in ratios.items()))
+    record = provenance(benchmark='captions', rows=o.rows, batch=o.batch, new_tokens=o.tokens, repeat=o.repeat, load=os.getloadavg()[0] if hasattr(os, 'getloadavg') else None, measured=rows, cpu_ratio=ratios)
+    with open(o.out, 'a', encoding='utf-8') as f: f.write(json.dumps(record) + '\n')
+
+
+if __name__ == '__main__': main()
