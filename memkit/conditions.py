@@ -6,8 +6,8 @@
 __all__ = ['LVIS16', 'KINDS', 'drop_mask', 'Conditioner', 'class_names', 'ClassTable', 'ByteText', 'FeatureCache', 'Frozen',
            'Features', 'ClipText', 'ClipImage', 'make_conditioner', 'load_conditioner', 'released_conditioner']
 
-# %% ../nbs/42_conditions.ipynb #f0f974af
-import json, shutil
+# %% ../nbs/42_conditions.ipynb #64ff9d46
+import inspect, json
 from collections import OrderedDict
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def class_names(
     "The classes of a training set, in the order of their numbers."
     return tuple(sorted({str(l) for l in labels}))
 
-# %% ../nbs/42_conditions.ipynb #9f4ae20e
+# %% ../nbs/42_conditions.ipynb #c2b2095d
 class ClassTable(Conditioner):
     "One trained vector per class, the last row for no class."
     kind = 'class'
@@ -68,6 +68,7 @@ class ClassTable(Conditioner):
         super().__init__()
         if len(names) not in (0, num_classes): raise InputError(f'{len(names)} class names for {num_classes} classes; expected as many, or none')
         self.dim, self.names = dim, tuple(names)
+        self.register_to_config(names=list(names))   # as JSON gives it back
         self.embedder = nn.ModuleDict(dict(embedding=nn.Embedding(num_classes + 1, dim)))
     def forward(self, ids, drop=None): # (b,) int64, (b,) bool → (b, 1, dim)
         table = self.embedder['embedding']
@@ -335,7 +336,7 @@ def compute(self:ClipImage,
     if at: out[at] = image_features(self.load().model, clip_pixels([items[i] for i in at], self.config.size), self.config.cls_only, self.config.l2).cpu()
     return out
 
-# %% ../nbs/42_conditions.ipynb #a78ba7bd
+# %% ../nbs/42_conditions.ipynb #62abd3f7
 KINDS = {c.kind: c for c in (ClassTable, ClipText, ClipImage, ByteText)}
 
 def make_conditioner(
@@ -347,7 +348,7 @@ def make_conditioner(
     if kind in ('none', 'uncond'): return None
     if kind not in KINDS: raise InputError(f'condition of kind {kind!r}: expected none, {", ".join(KINDS)}')
     try: return KINDS[kind](**config)
-    except TypeError as e: raise InputError(f'condition of kind {kind}: {e}; its settings are {", ".join(k for k in KINDS[kind].__init__.__wrapped__.__annotations__ if k != "kind")}') from None
+    except TypeError as e: raise InputError(f'condition of kind {kind}: {e}; its settings are {", ".join(k for k in inspect.signature(KINDS[kind].__init__).parameters if k not in ("self", "kind"))}') from None
 
 # %% ../nbs/42_conditions.ipynb #54e0bf6b
 @patch
@@ -372,7 +373,7 @@ def from_pretrained(cls:Frozen, folder, **how):
     if inside.is_dir(): self.place = str(inside)
     return self
 
-# %% ../nbs/42_conditions.ipynb #d18292f3
+# %% ../nbs/42_conditions.ipynb #740da004
 def load_conditioner(
     folder:str|Path, # written by `save_pretrained`
 )->Conditioner: # in evaluation mode
@@ -381,7 +382,7 @@ def load_conditioner(
     try: kind = json.loads(path.read_text())['kind']
     except (OSError, ValueError, KeyError, TypeError): raise InputError(f'{path}: expected the settings of a conditioner, with its kind') from None
     if kind not in KINDS: raise InputError(f'{path}: condition of kind {kind!r}; expected one of {", ".join(KINDS)}')
-    try: return KINDS[kind].from_pretrained(str(folder)).eval()
+    try: return KINDS[kind].from_pretrained(str(folder), use_safetensors=True).eval()
     except (OSError, ValueError, RuntimeError) as e: raise InputError(f'{folder}: not a sound conditioner ({type(e).__name__}: {str(e)[:160]})') from e
 
 # %% ../nbs/42_conditions.ipynb #1ace0205
