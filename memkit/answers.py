@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['REFUSED', 'Answers', 'Refused', 'Job', 'again', 'run_job', 'write_rows', 'summary']
 
-# %% ../nbs/41_answers.ipynb #20cefb55
-import csv, json, os, time
+# %% ../nbs/41_answers.ipynb #34201e7c
+import csv, json, os, re, time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -16,7 +16,7 @@ from .core import InputError, atomic_path, progress, sha256_of
 from .database import Journal
 from .neighbours import guard_cell
 
-# %% ../nbs/41_answers.ipynb #3af6469a
+# %% ../nbs/41_answers.ipynb #a33ccda6
 class Answers(Journal):
     "Finished batches of a job by number; what they say by row. It stays beside the result and is what a later call resumes from."
     def __init__(self,
@@ -31,6 +31,9 @@ class Answers(Journal):
             raise InputError(f'{self.out}: begun with another model, other prompts or other settings; choose another file, or begin again with restart ({e})') from None
         self.rows = {r['key']: r for meta, _ in self.found.values() for r in meta.get('rows', ())}
         self.next = 1 + max(map(int, self.found), default=-1)
+        torn = re.compile(re.escape('.' + self.out.stem[:40]) + r'(\.rejected|\.report)?-.{8}\.tmp\.(csv|json)')
+        for p in self.out.parent.iterdir():
+            if torn.fullmatch(p.name): p.unlink(missing_ok=True) # results that a killed process was writing
     def keep(self, rows, array=None, **more):
         "Append a batch and force it to the disk."
         self.add(dict(id=str(self.next), rows=rows, **more), array)

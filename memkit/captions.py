@@ -72,7 +72,7 @@ def _columns(path, header, wanted:dict|None)->dict: # role → column number; {}
     if len(found['caption']) != 1: raise InputError(f'{path}: {len(found["caption"])} columns of captions; expected one, or its name; found {", ".join(header)[:200]}')
     return {role: places[0] for role, places in found.items() if places}
 
-# %% ../nbs/42_captions.ipynb #129a7228
+# %% ../nbs/42_captions.ipynb #b33be5da
 def stream_rows(
     path:str|Path,  # .csv or .tsv, read row by row; .parquet, read at once
     columns:dict|None=None, # 'id', 'caption' and perhaps 'label' → column; default: the usual names
@@ -91,6 +91,7 @@ def stream_rows(
             for n, cells in enumerate((c for c in reader if c), n + 1):
                 if len(cells) != len(header): raise InputError(f'{len(cells)} cells; expected {len(header)}, as in the header')
                 if max(map(len, cells)) > MAX_CELL: raise InputError(f'a cell of {max(map(len, cells)):,} characters; expected at most {MAX_CELL:,}')
+                if any('\0' in c for c in cells): raise InputError('a zero byte; expected a text file')
                 cell = lambda role, default: unguard_cell(cells[where.get(role, default)]).strip()
                 yield Row(check_id(cell('id', 0)), cell('caption', 1), cell('label', 1) if 'label' in where else '')
     except UnicodeDecodeError as e: raise InputError(f'{path}: byte 0x{e.object[e.start]:02x} is not UTF-8, after line {reader.line_num if reader else 0}; expected UTF-8 (in a spreadsheet: save as "CSV UTF-8")') from None
