@@ -175,7 +175,7 @@ def aligned(
     for t in (*model.parameters(), *model.buffers()): t.data = t.data.clone()
     return model
 
-# %% ../nbs/62_generate.ipynb #3ac0ea91
+# %% ../nbs/62_generate.ipynb #87a17df6
 PARTS = dict(dit=DiT, vecset=VecSet, conditioner=Conditioner)
 
 def load_part(
@@ -209,7 +209,7 @@ def load_pipeline(
     named = {k: v for k, v in index.items() if k in PARTS and isinstance(v, list) and v and v[0]}
     foreign = {k: v for k, v in named.items() if not str(v[0]).startswith('memkit.') and v[0] != 'conditions'}
     if foreign or 'dit' not in named: raise InputError(f'{folder}: model_index.json names {", ".join(f"{k} {v[0]}.{v[-1]}" for k, v in (foreign or named).items()) or "nothing"}; expected a dit, and parts of memkit only')
-    return cls(**{k: load_part(folder/k, PARTS[k]) for k in named}, z_scale=index.get('z_scale') or 1.)
+    return cls(**{k: load_part(folder/k, PARTS[k]) for k in named}, z_scale=index.get('z_scale') or 1., n_tokens=index.get('n_tokens'))
 
 # %% ../nbs/62_generate.ipynb #f638dbea
 @patch
