@@ -196,12 +196,12 @@ def reproduce(
     for row in run_all(ids, profile): print(f"{row['name']}: {row['seconds']} s")
     print(f'figures/{profile}')
 
-# %% ../nbs/99_cli.ipynb #2f47b3d1
+# %% ../nbs/99_cli.ipynb #247d6243
 @app.command()
 def test():
     "Run every notebook and pytest in a checkout."
-    root, threads = project_root(), {k: '1' for k in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')}  # two notebooks run side by side
-    for step in (['nbdev_test'], ['pytest']):
-        tool = [sys.executable, '-m', *step] if step == ['pytest'] else [sys.executable, '-c', 'from nbdev.test import nbdev_test; nbdev_test(n_workers=2)']
-        print(f'memkit: {step[0]}', flush=True)
-        if subprocess.run(tool, cwd=root, env=os.environ | threads).returncode: raise RuntimeError(f'{step[0]} failed')
+    root, threads = project_root(), {k: '1' for k in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')}  # two notebooks or test files run side by side
+    steps = dict(nbdev_test=['-c', 'from nbdev.test import nbdev_test; nbdev_test(n_workers=2)'], pytest=['-m', 'pytest', '-n', '2', '--dist', 'loadfile'])
+    for name, step in steps.items():
+        print(f'memkit: {name}', flush=True)
+        if subprocess.run([sys.executable, *step], cwd=root, env=os.environ | threads).returncode: raise RuntimeError(f'{name} failed')
