@@ -295,7 +295,7 @@ def z_scale(
     if not 0 < std < float('inf'): raise InputError(f'latents with standard deviation {std}; expected a positive, finite one')
     return 1/std
 
-# %% ../nbs/51_latents.ipynb #3c682416
+# %% ../nbs/51_latents.ipynb #8ddf122f
 class LatentSet:
     "A folder of latents as training data: `len`, `sample(i, seed)`. Raises InputError for an interrupted, damaged or foreign folder."
     def __init__(self,
@@ -305,7 +305,7 @@ class LatentSet:
         encoder=None,        # an autoencoder that must be the one that made them
     ):
         folder = Path(folder)
-        self.folder, self.given = folder, z_scale
+        self.folder, self.given, self.found = folder, z_scale, None
         self.store = _Shards(folder, verify) if (folder/'index.json').is_file() else _Files(folder)
         self.about, self.rows, self.failed = self.store.index['about'], self.store.rows, self.store.failed
         if encoder is not None: self.check_encoder(encoder)
@@ -318,7 +318,7 @@ class LatentSet:
     def captions(self): return {level: self.pick(texts) for level, texts in self.store.index.get('captions', {}).items()}
     def __len__(self): return len(self.rows)
 
-# %% ../nbs/51_latents.ipynb #65f46ef5
+# %% ../nbs/51_latents.ipynb #d5860450
 SCALE_OF = 1024 # shapes from which the scale is computed
 
 @patch
@@ -340,8 +340,8 @@ def drawn(self:LatentSet,
 @patch(as_prop=True)
 def z_scale(self:LatentSet)->float:
     "What samples are multiplied by."
-    if self.given is None: self.given = z_scale(torch.stack([self.raw(i) for i in range(min(len(self), SCALE_OF))]))
-    return self.given
+    if self.given is None and self.found is None: self.found = z_scale(torch.stack([self.raw(i) for i in range(min(len(self), SCALE_OF))]))
+    return self.found if self.given is None else self.given
 
 # %% ../nbs/51_latents.ipynb #4ed57c0d
 @patch
@@ -362,7 +362,7 @@ def batch_scale(self:LatentSet,
     x = torch.stack([self.drawn(int(i), int(s)) for i, s in zip(indices, seeds)])
     return ranks/sum(1/z_scale(part) for part in x.chunk(ranks))
 
-# %% ../nbs/51_latents.ipynb #48869948
+# %% ../nbs/51_latents.ipynb #d391bdc3
 @patch
 def subset(self:LatentSet,
     ids, # of shapes, in the order wanted
@@ -372,7 +372,7 @@ def subset(self:LatentSet,
     lost = [k for k in ids if k not in at]
     if lost: raise InputError(f'{self.folder}: {len(lost)} of {len(ids)} shapes have no latents, such as {lost[0]}')
     out = copy.copy(self)
-    out.rows = [at[k] for k in ids]
+    out.rows, out.found = [at[k] for k in ids], None
     return out
 
 @patch
