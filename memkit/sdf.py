@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['igl', 'Grid', 'empty_grid', 'over_corners', 'corners_of', 'mixed_signs', 'near_surface', 'sample_adaptive', 'mesh_of',
-           'sdf_to_mesh', 'MeshField', 'mesh_to_sdf']
+           'sdf_to_mesh', 'oriented_faces', 'MeshField', 'mesh_to_sdf']
 
 # %% ../nbs/12_sdf.ipynb #511c3981
 from dataclasses import dataclass
@@ -205,7 +205,21 @@ def sdf_to_mesh(
 # %% ../nbs/12_sdf.ipynb #6c6e137c
 igl = Lazy('igl', 'data')
 
-# %% ../nbs/12_sdf.ipynb #ca5d3a55
+# %% ../nbs/12_sdf.ipynb #98f2edc8
+def oriented_faces(
+    V:np.ndarray, # (v,3)
+    F:np.ndarray, # (f,3)
+)->np.ndarray: # (f,3) int64, the same faces, some of them turned over
+    "Faces whose neighbours agree on which side is outside, as far as the surface is a manifold. Raises InputError for what is not a mesh."
+    V, F = check_mesh(V, F)
+    place = np.unique(V, axis=0, return_inverse=True)[1].reshape(-1)[F]     # corners in one place are one corner, whatever their numbers
+    turned, patch = igl.bfs_orient(place)
+    flipped = (turned != place).any(1)
+    area = np.linalg.norm(np.cross(V[F[:, 1]] - V[F[:, 0]], V[F[:, 2]] - V[F[:, 0]]), axis=1)
+    most = np.bincount(patch, np.where(flipped, area, -area)) > 0
+    return np.where((flipped ^ most[patch])[:, None], F[:, ::-1], F)
+
+# %% ../nbs/12_sdf.ipynb #7a9155d1
 class MeshField:
     """The signed distance to a mesh, a function of points; its search trees are built once.
 
@@ -216,10 +230,11 @@ class MeshField:
     ):
         V, F = check_mesh(V, F)
         used, F = np.unique(F, return_inverse=True)
-        V, F = V[used], np.ascontiguousarray(F.reshape(-1, 3), np.int64)
+        V, F = V[used], F.reshape(-1, 3)
         with np.errstate(all='ignore'): self.centre, self.size = V.min(0)/2 + V.max(0)/2, float((V.max(0)/2 - V.min(0)/2).max())
         if not 0 < self.size < np.inf: raise InputError(f'mesh: extent {2*self.size:.3g}; expected a surface larger than a point and within double precision')
-        self.mesh = np.ascontiguousarray((V - self.centre)/self.size), F
+        V = np.ascontiguousarray((V - self.centre)/self.size)
+        self.mesh = V, np.ascontiguousarray(oriented_faces(V, F))
         self._tree, self._solid_angle = igl.AABB(), igl.FastWindingNumberBVH()
         self._tree.init(*self.mesh)
         self._solid_angle.init(*self.mesh)
