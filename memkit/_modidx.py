@@ -329,6 +329,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'memkit.convert.name_of_sizes': ('convert.html#name_of_sizes', 'memkit/convert.py'),
                                 'memkit.convert.new_folder': ('convert.html#new_folder', 'memkit/convert.py'),
                                 'memkit.convert.open_pipeline': ('convert.html#open_pipeline', 'memkit/convert.py'),
+                                'memkit.convert.open_vecset': ('convert.html#open_vecset', 'memkit/convert.py'),
                                 'memkit.convert.part_of': ('convert.html#part_of', 'memkit/convert.py'),
                                 'memkit.convert.plain_name': ('convert.html#plain_name', 'memkit/convert.py'),
                                 'memkit.convert.read_checkpoint': ('convert.html#read_checkpoint', 'memkit/convert.py'),

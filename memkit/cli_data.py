@@ -81,11 +81,12 @@ def fetch(
     if not report.present: raise typer.Exit(1)
     if prepare: _prepare_all(out, prepare)
 
-# %% ../nbs/97_cli_data.ipynb #9e4a7da2
+# %% ../nbs/97_cli_data.ipynb #2506dd0a
 def _prepare_all(source:Path, out:Path):
-    "What `memkit data prepare` does, with its defaults."
+    "What `memkit data prepare` does with its defaults, for the meshes that are present."
+    from memkit.fetch import present_meshes
     from memkit.prepare import prepare as run_prepare
-    print(run_prepare(source, out))
+    _say_prepared(run_prepare(present_meshes(source), out))
 
 # %% ../nbs/97_cli_data.ipynb #82a453ed
 @app.command()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FINAL', 'mesh_path', 'Origin', 'read_origins', 'read_gzip_json', 'hub_origins', 'Manifest', 'fetch_one', 'fetch_xl',
-           'check_readable', 'FetchReport', 'fetch_report', 'write_manifest', 'fetch']
+           'check_readable', 'FetchReport', 'fetch_report', 'write_manifest', 'fetch', 'present_meshes']
 
 # %% ../nbs/46_fetch.ipynb #991795af
 import csv, gzip, json, os, re, shutil, threading, time
@@ -298,3 +298,11 @@ def fetch(
         labels = dict(zip(shapes.ids, shapes.labels)) if isinstance(shapes, Split) else {}
         write_manifest(out/'manifest.csv', manifest)
         return fetch_report(uids, manifest, [labels[u] for u in uids] if labels else ())
+
+# %% ../nbs/46_fetch.ipynb #0534af77
+def present_meshes(
+    folder:str|Path, # of `fetch`
+)->dict: # uid → path, sorted
+    "The shapes that a folder of `fetch` really has. Raises InputError where there is none."
+    if not (Path(folder)/'manifest.jsonl').is_file(): raise InputError(f'{folder}: no manifest.jsonl; expected a folder of memkit data fetch')
+    with Manifest(folder) as m: return {u: safe_join(folder, r['file']) for u, r in sorted(m.records.items()) if _there(Path(folder), r, False)}

@@ -1,5 +1,5 @@
 """Downloads against a server that stalls, drips, cuts off, answers 404, 429 and 503, changes its mind and serves wrong bytes."""
-import collections, hashlib, http.server, json, os, random, signal, subprocess, sys, threading, time
+import collections, gzip, hashlib, http.server, json, os, random, signal, subprocess, sys, threading, time
 from pathlib import Path
 
 import pytest
@@ -43,7 +43,7 @@ class Wild(http.server.BaseHTTPRequestHandler):
         if how == 'liar': return self.reply(206 if wanted else 200, file, Content_Range='bytes 7-8/9', ETag='"a"') if n > 1 else self.reply(200, file, file[:90_000], ETag='"a"')
         if how == 'huge': return self.reply(200, file, b'', Content_Length='999999999999')
         if how == 'endless': return self.reply(200, file*40, Transfer_Encoding='identity')
-        if how == 'gzip': return self.reply(200, file, Content_Encoding='gzip')
+        if how == 'gzip' and 'gzip' in self.headers.get('Accept-Encoding', ''): return self.reply(200, gzip.compress(file), Content_Encoding='gzip')
         tag = '"two"' if how == 'changing' and n > 1 else '"one"'
         ranged = wanted and how not in ('norange',) and (self.headers.get('If-Range') in (None, tag))
         start = int(wanted[6:].split('-')[0]) if ranged else 0
@@ -89,6 +89,16 @@ def test_what_cannot_be_had_has_its_reason_and_no_file(net, tmp_path, how, why):
         return
     with pytest.raises(DownloadError) as e: download(f'{net.url}/{how}/x.glb', tmp_path/'x.glb', sha(FILE), max_bytes=1_000_000, **options)
     assert e.value.why == why and not (tmp_path/'x.glb').exists()
+    if how in ('patient', 'gone', 'forbidden', 'wrong'): assert net.asked[f'/{how}/x.glb'] == 1, 'a server that says come back tomorrow, or never, is not asked again'
+
+
+def test_the_server_says_how_long_to_wait(net, tmp_path):
+    slept = []
+    download(f'{net.url}/busy/x.glb', tmp_path/'x.glb', tries=3, meter=Meter(sleep=slept.append))
+    assert slept == [.02, .02]
+    with pytest.raises(DownloadError): download('http://127.0.0.1:9/x.glb', tmp_path/'y.glb', tries=4, pause=1, meter=Meter(sleep=slept.append))
+    waits = slept[2:]
+    assert len(waits) == 3 and waits[1] == 2*waits[0] and waits[2] == 4*waits[0] and 1 <= waits[0] <= 3, 'else twice as long each time'
 
 
 def test_a_file_that_changed_between_two_sittings_is_never_a_mixture(net, tmp_path):
@@ -177,7 +187,6 @@ def test_a_hostile_manifest_and_table_lead_nowhere(net, tmp_path):
 
 
 def test_zip_bombs_stay_folded(tmp_path):
-    import gzip
     (tmp_path/'b.gz').write_bytes(gzip.compress(b'[' + b' '*30_000_000 + b']'))
     with pytest.raises(InputError, match='unfolds to more than'): read_gzip_json(tmp_path/'b.gz', 1_000_000)
 
