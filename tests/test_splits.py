@@ -70,6 +70,8 @@ def test_levels_are_joined_by_id_and_a_carved_val_leaks_nothing(planted):
     assert check_splits(train, val, test).ok and len(val) == 300
     full, got = collections.Counter(train.labels) + collections.Counter(val.labels), collections.Counter(val.labels)
     assert all(abs(got[c] - .1*n) < 1 for c, n in full.items()), 'Webster keeps every class within one seat'
+    small = Split('s', tuple(f'id{i}' for i in range(100)), ('a',)*94 + ('b',)*6)
+    assert collections.Counter(small.subset(10, stratify='proportional').labels) == dict(a=9, b=1), 'six tenths of a seat are a seat'
 
 
 def test_statistics_are_measured_as_they_are_written_down(planted):
