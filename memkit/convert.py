@@ -6,9 +6,9 @@
 __all__ = ['WORDS', 'MERGED', 'SUFFIXES', 'RELEASED', 'FILES', 'plain_name', 'part_of', 'Checkpoint', 'split_parts',
            'read_shards', 'deepspeed_states', 'find_checkpoint', 'read_checkpoint', 'dit_sizes', 'fetch_checkpoint',
            'vecset_of', 'name_of_sizes', 'conditioner_of', 'new_folder', 'build_parts', 'describe_part', 'convert',
-           'open_pipeline']
+           'open_pipeline', 'open_vecset']
 
-# %% ../nbs/64_convert.ipynb #f6ac8800
+# %% ../nbs/64_convert.ipynb #a6b11044
 import contextlib, json, math, re, shutil, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from .conditions import CLIP, make_conditioner, released_conditioner
 from .core import InputError, cache_home, provenance, safe_join, sha256_of, write_json
 from .dit import DIT_SIZES, DiT
-from .generate import ShapePipeline, load_pipeline
+from .generate import ShapePipeline, load_part, load_pipeline
 from .vecset import VECSET_SIZES, VecSet, released_config
 from .weights import Lazy, read_weights, weights_hash
 
@@ -319,3 +319,18 @@ def open_pipeline(
     if not (out/'model_index.json').is_file(): convert(path, out, vecset, **{k: v for k, v in how.items() if v is not None})
     if not (out/'model_index.json').is_file(): raise InputError(f'{where}: an autoencoder alone draws nothing; expected a denoiser')
     return load_pipeline(out)
+
+# %% ../nbs/64_convert.ipynb #ce24465d
+def open_vecset(
+    where:str|Path, # a folder with an autoencoder or a model that has one, a checkpoint of VecSetX, or a repository of either
+)->VecSet: # in evaluation mode
+    "An autoencoder; a checkpoint of another code is converted into the cache first. Raises InputError where there is none."
+    path = Path(where).expanduser()
+    for folder in (path, path/'vecset'):
+        if (folder/'config.json').is_file() and folder.is_dir() and (folder/'config.json').read_text().find('VecSet') > 0: return load_part(folder, VecSet)
+    path = fetch_checkpoint(where)
+    _, file = find_checkpoint(path)
+    out = cache_home('converted')/sha256_of(json.dumps(['vecset', str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]))[:24]
+    if not (out/'vecset').is_dir(): convert(path, out)
+    if not (out/'vecset').is_dir(): raise InputError(f'{where}: holds no autoencoder')
+    return load_part(out/'vecset', VecSet)
