@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['expert_order', 'expert_linear', 'Expert', 'run_experts', 'balance_term', 'MoE', 'set_balance']
 
-# %% ../nbs/60_experts.ipynb #cd5144d1
+# %% ../nbs/60_experts.ipynb #3e1cc8a0
 import torch
 import torch.nn.functional as F
 from torch import distributed, nn
+from torch.utils.flop_counter import register_flop_formula
 
 # %% ../nbs/60_experts.ipynb #5c9b3255
 class _Sort(torch.autograd.Function):
@@ -106,6 +107,13 @@ def _expert_linear_backward(ctx, g):
     return gx, None, list(gw.unbind()), list(gb.unbind())
 
 expert_linear.register_autograd(_expert_linear_backward, setup_context=_remember)
+
+# %% ../nbs/60_experts.ipynb #daf91a7e
+@register_flop_formula(torch.ops.memkit.expert_linear)
+def _expert_linear_flops(x_shape, ends_shape, w_shapes, *args, **kwargs): return 2*x_shape[0]*w_shapes[0][0]*w_shapes[0][1] # multiplications and additions
+
+@register_flop_formula(torch.ops.memkit.expert_linear_grad)
+def _expert_linear_grad_flops(g_shape, x_shape, *args, **kwargs): return 4*x_shape[0]*x_shape[1]*g_shape[1]
 
 # %% ../nbs/60_experts.ipynb #7aeb6263
 class Expert(nn.Module):

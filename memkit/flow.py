@@ -127,11 +127,11 @@ def sample_flow(
     if not torch.isfinite(x).all(): raise InputError('sampling ended in NaN or infinity: damaged or untrained weights, too strong a guidance, or half precision that overflowed')
     return x
 
-# %% ../nbs/60_flow.ipynb #b7e166c9
+# %% ../nbs/60_flow.ipynb #0e0f3153
 def copying_flow(
     data:torch.Tensor, # (n, …), the training set
-): # (x (b,…), t (b,)) → velocity (b,…); t below 1
-    "The exact minimiser of the loss on a finite training set: it generates that set. t = 1 is answered as its limit."
+): # (x (b,…), t (b,)) → velocity (b,…); it has no value at t = 1, where Heun asks: follow it with Euler
+    "The exact minimiser of the loss on a finite training set: it generates that set."
     flat = data.flatten(1)
     def velocity(x, t):
         t = t.to(x.dtype).clamp(max=1 - 1e-4)[:, None]
