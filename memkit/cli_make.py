@@ -42,7 +42,7 @@ def pick_device(
     if not has[kind]() or (kind == 'cuda' and number and not number.isdigit() or kind == 'cuda' and int(number or 0) >= torch.cuda.device_count()): raise InputError(f'device {name}: PyTorch sees none on this machine')
     return name
 
-# %% ../nbs/96_cli_make.ipynb #fa220199
+# %% ../nbs/96_cli_make.ipynb #6dd3a9a4
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(help='Checkpoint: .ckpt, .pth, .pt, .bin, .safetensors, a DeepSpeed or sharded folder, or a repository id such as pudashi/3DGenMem or Zbalpha/VecSetX.')],
@@ -53,12 +53,14 @@ def convert(
     condition: Annotated[Optional[str], typer.Option(help='class, text, image or none, where the checkpoint does not say it.')] = None,
     clip: Annotated[Optional[str], typer.Option(help='Folder or repository of the frozen CLIP, for text and image.')] = None,
     eps_profile: Annotated[Optional[str], typer.Option(help="Autoencoder's LayerNorm: 3dmem (the paper's code) or vecsetx (its training).")] = None,
+    num_latents: Annotated[Optional[int], typer.Option('--num_latents', '--num-latents', min=1, help='Latents of a shape, which tensors do not say; default: 1024, as released.')] = None,
+    grid: Annotated[Optional[int], typer.Option(min=1, help='Side of the grid of tokens, for a model of pictures: 32 in the release.')] = None,
     overwrite: Annotated[bool, typer.Option('--overwrite', help='Replace a model that is there.')] = False,
 ):
     "Turn a checkpoint of another code into a model that memkit loads. Every tensor is found, or the missing ones are listed."
     run = part_of_memkit('convert')
-    more = dict(vecset=vecset and run.fetch_checkpoint(vecset), condition=condition, eps_profile=eps_profile, overwrite=overwrite)
-    record = run.convert(run.fetch_checkpoint(source, file, revision), out, **more, **(dict(clip=clip) if clip else {}))
+    more = dict(vecset=vecset and run.fetch_checkpoint(vecset), condition=condition, eps_profile=eps_profile, grid=grid, overwrite=overwrite)
+    record = run.convert(run.fetch_checkpoint(source, file, revision), out, **more, **{k: v for k, v in dict(clip=clip, num_latents=num_latents).items() if v})
     for part, what in record['parts'].items(): print(f'{part}: {what["tensors"]} tensors, {what["numbers"]:,} numbers, {what["name"]}')
     for note in record['notes']: print(f'note: {note}')
     print(out)
@@ -198,7 +200,7 @@ def open_model(
     if compile: pipeline.dit.compile()
     return pipeline
 
-# %% ../nbs/96_cli_make.ipynb #0abf1795
+# %% ../nbs/96_cli_make.ipynb #f5381062
 FORMATS = ('glb', 'obj', 'ply', 'stl', 'off')
 _flag = lambda *names, **how: typer.Option(*dict.fromkeys(n for name in names for n in (name, name.replace('_', '-'))), **how)
 
@@ -220,6 +222,7 @@ def generate(
     output_type: Annotated[str, _flag('--output_type', help='mesh (trimesh) or latents (pt).')] = 'mesh',
     format: Annotated[str, _flag('--format', help=f'Of meshes: {", ".join(FORMATS)}.')] = 'glb',
     overwrite: Annotated[bool, typer.Option('--overwrite', help='Make again what is there.')] = False,
+    n_latents: Annotated[Optional[int], _flag('--n_latents', min=1, help='Tokens to draw; default: as in training.')] = None,
     legacy_winding: Annotated[bool, typer.Option('--legacy_winding', '--legacy-winding', help="Faces inward, as the paper's files.")] = False,
     manifest: Annotated[Optional[Path], _flag('--manifest', help='CSV of what became of each sample; default: manifest.csv in the folder.')] = None,
     device: Annotated[str, _flag('--device', help='auto, cpu, cuda, cuda:1, mps.')] = 'auto',
@@ -251,7 +254,7 @@ def generate(
     if z_scale_factor is not None: pipeline.register_to_config(z_scale=run.positive(z_scale_factor, '--z_scale_factor'))
     elif auto_z_from_std: pipeline.register_to_config(z_scale=run.calibrate(pipeline, calib_latents, calib_surface_dir, calib_take))
     samples = plan_from_flags(pipeline, {'text': text, 'class': class_, 'image': image}, csv, num_samples, seed, column, lvis_mapping_json)
-    settings = dict(guidance_scale=guidance_scale, n_steps=n_steps, method=method, resolution=resolution, legacy_winding=legacy_winding, dtype=dtype)
+    settings = dict(guidance_scale=guidance_scale, n_steps=n_steps, method=method, resolution=resolution, legacy_winding=legacy_winding, dtype=dtype, n_latents=n_latents)
     rows = run.generate(pipeline, samples, out, '.pt' if kinds[output_type] == 'latents' else f'.{format}', batch_size, overwrite, manifest, **settings)
     failed = [r for r in rows if r['ok'] != 'True']
     for r in failed[:5]: print(f'no mesh: {r["out_path"]}: {r["reason"]}', file=sys.stderr)
