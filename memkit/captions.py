@@ -222,9 +222,9 @@ def pair_captions(
         write_json(_beside(out, 'report.json'), report)
     return report
 
-# %% ../nbs/42_captions.ipynb #34523377
+# %% ../nbs/42_captions.ipynb #1ae18d1b
 COLOURS = frozenset('''black white grey gray red green blue yellow orange purple violet pink brown beige cream ivory gold golden silver bronze copper-coloured turquoise cyan magenta teal maroon navy crimson scarlet
-    lilac lavender olive tan khaki coral indigo amber dark light pale bright colourful colorful multicoloured multicolored multi-colored coloured colored monochrome'''.split())
+    lilac lavender olive tan khaki coral indigo amber dark pale bright colourful colorful multicoloured multicolored multi-colored coloured colored monochrome'''.split())
 MATERIALS = frozenset('''wood wooden metal metallic steel iron aluminium aluminum brass copper chrome gold-plated plastic glass glassy glazed ceramic porcelain clay terracotta stone marble granite concrete brick leather fabric cloth
     cotton velvet wool paper cardboard rubber rusty rusted shiny glossy matte polished transparent translucent textured painted wicker bamboo oak mahogany'''.split())
 _SMALL = frozenset('a an the and with of in on'.split())

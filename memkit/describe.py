@@ -98,7 +98,7 @@ def sheet_views(
         return [picture[i*width:(i + 1)*width] for i in views]
     return look
 
-# %% ../nbs/43_describe.ipynb #27dd99cf
+# %% ../nbs/43_describe.ipynb #9bce25c4
 _SHEET = re.compile(r'(?:/images/model_normalized)?/(?:sprites?|views)(?:_v?\d+)?$|[._](?:sprites?|views)(?:_v?\d+)?$')
 
 def _load(path):
@@ -109,7 +109,7 @@ def _load(path):
 def find_views(
     source,        # folder of meshes or sheets; list of built-in shapes; dict id → (V, F), Shape or file
     size:int=256,  # pixels a side of what is drawn
-)->dict: # id → (views, of → pictures), sorted by id
+)->dict: # id → (views, of → pictures), sorted by id; a list of shapes keeps its order
     "Where the pictures of each shape come from. Raises InputError for a folder without any, or one id for two sheets."
     def one(x):
         if hasattr(x, 'mesh'): return mesh_views(lambda: x.mesh(64), size)

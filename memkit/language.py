@@ -175,7 +175,7 @@ def write_recording(
     Path(path).write_text(''.join(json.dumps(l, ensure_ascii=False) + '\n' for l in lines), encoding='utf-8')
     return Path(path)
 
-# %% ../nbs/40_language.ipynb #9f876e82
+# %% ../nbs/40_language.ipynb #9c681a14
 class RecordedReplies(Backend):
     "Replays the replies of a recording, by key. A key that occurs several times is answered in that order."
     recorded = True
@@ -185,19 +185,19 @@ class RecordedReplies(Backend):
             if head['format'] != RECORDING: raise ValueError(f'format {head["format"]!r}')
             super().__init__(f'recording of {head["model"]}')
             self.note, self.replies = str(head['note']), {}
-            for l in lines: self.replies.setdefault(str(l['key']), []).append((str(l['text']), l.get('prompt')))
+            for l in lines: self.replies.setdefault(str(l['key']), []).append((Reply(str(l['text']), tokens_out=int(l.get('tokens', 0)), cut=bool(l.get('cut'))), l.get('prompt')))
         except OSError as e: raise InputError(f'{path}: cannot be read ({e.strerror})') from e
         except (ValueError, KeyError, TypeError) as e: raise InputError(f'{Path(path).name}: no recording ({describe_error(e)}); expected a file that `write_recording` made') from e
     def _find(self, p):
         told = self.replies.get(p.key)
         if not told: return Reply(error='nothing recorded under this key')
-        right = [text for text, sha in told if sha in (None, p.sha256)]
+        right = [reply for reply, sha in told if sha in (None, p.sha256)]
         if not right: return Reply(error='recorded for another prompt')
         number = len(re.findall(r'(?m)^Your answer was refused: ', p.user)) # how often it has been asked before
-        return Reply(right[min(number, len(right) - 1)])
+        return replace(right[min(number, len(right) - 1)])
     def generate(self, prompts): return self._count(time.monotonic(), [self._find(p) for p in prompts])
 
-# %% ../nbs/40_language.ipynb #540a86ec
+# %% ../nbs/40_language.ipynb #76ceac87
 class Recorder(Backend):
     "A backend that also saves what it is told, in the form that `RecordedReplies` reads."
     def __init__(self,
@@ -213,5 +213,5 @@ class Recorder(Backend):
         replies = self.backend.generate(prompts)
         with open(self.path, 'a', encoding='utf-8') as f:
             for p, r in zip(prompts, replies):
-                if not r.error: f.write(json.dumps(dict(key=p.key, text=r.text, prompt=p.sha256), ensure_ascii=False) + '\n')
+                if not r.error: f.write(json.dumps(dict(key=p.key, text=r.text, prompt=p.sha256, tokens=r.tokens_out, cut=r.cut), ensure_ascii=False) + '\n')
         return replies

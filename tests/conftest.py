@@ -29,6 +29,15 @@ def golden():
     return folder
 
 
+@pytest.fixture(scope='session')
+def tiny_models(tmp_path_factory):
+    "Folders of a text and a vision-language model of the real classes with random weights; nothing is fetched from the network."
+    pytest.importorskip('transformers')
+    from memkit.tiny_models import tiny_text_model, tiny_vision_model
+    root = tmp_path_factory.mktemp('tiny')
+    return dict(text=tiny_text_model(root/'text'), vision=tiny_vision_model(root/'vision'))
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     "Each test has a cache of its own."
