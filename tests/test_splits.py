@@ -3,7 +3,7 @@ import collections, json, math, os, subprocess, sys, time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from memkit.cards import differences, measure_released, released_statistics
 from memkit.core import InputError
@@ -50,6 +50,14 @@ def test_overlaps_and_patterns_are_found(planted, report):
     assert not report.ok
     seen = {(s['a'], s['level']): s['n'] for s in report.seen}
     assert seen['phrase/test', 'phrase'] == planted[1]['seen']
+
+
+def test_patterns_are_periodic_and_random_samples_are_not():
+    import numpy as np
+    from memkit.leakage import slice_pattern
+    assert slice_pattern(range(0, 200, 2), 200)['modulus'] == 2 and slice_pattern([i for i in range(900) if i % 12 in (1, 5, 7, 8, 10, 11)], 900)['modulus'] == 12
+    rng = np.random.default_rng(0)
+    assert not [1 for _ in range(100) if slice_pattern(np.sort(rng.choice(500, 60, replace=False)), 500)]
 
 
 def test_a_planted_leak_and_a_conflict_are_faults(planted):
@@ -132,6 +140,7 @@ def test_formulas_reach_no_spreadsheet(tmp_path):
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=['Cs'], exclude_characters='\0'), max_size=30), min_size=1, max_size=8))
+@example(['\r', '\r0', "'", "''=", '\ufeff', '"', ',', '\n', ' x ', '\x85', '\u2028', '=1'])
 def test_any_caption_survives_the_journey(texts):
     import tempfile
     with tempfile.TemporaryDirectory() as folder:
