@@ -4,7 +4,7 @@ import pytest
 import trimesh
 
 from memkit.core import InputError
-from memkit.sdf import sdf_to_mesh
+from memkit.sdf import MeshField, empty_grid, mesh_to_sdf, mixed_signs, near_surface, oriented_faces, sdf_to_mesh
 from memkit.shapes import CATEGORIES, sample_shape
 
 
@@ -117,3 +117,86 @@ def test_torch_fields():
 @pytest.mark.parametrize('mode', ['adaptive', 'dense'])
 def test_refusals(kwargs, message, mode):
     with pytest.raises(InputError, match=message): sdf_to_mesh(**dict(dict(resolution=32, mode=mode), **kwargs))
+
+
+# ---- a mesh as a field
+
+CUBE = (np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], float),
+        np.array([[0, 1, 3], [0, 3, 2], [4, 6, 7], [4, 7, 5], [0, 4, 5], [0, 5, 1], [2, 3, 7], [2, 7, 6], [0, 2, 6], [0, 6, 4], [1, 5, 7], [1, 7, 3]]))
+SPACE = np.random.default_rng(5).uniform(-2, 2, (3000, 3))
+
+
+def cube_sdf(p):
+    q = np.abs(p) - 1
+    return np.linalg.norm(q.clip(0), axis=1) + q.max(1).clip(None, 0)
+
+
+@pytest.mark.parametrize('move, scale', [(0, 1), ((5e6, -3e6, 0), 1), (0, 1e-8), (0, 1e150)])
+def test_distance_to_a_cube_anywhere(move, scale):
+    V, F = CUBE
+    got = mesh_to_sdf((V*scale) + move, F, (SPACE*scale) + move)/scale
+    assert np.abs(got - cube_sdf(SPACE)).max() < 1e-8 and got.dtype == np.float64
+
+
+def test_distance_to_many_triangles_by_brute_force():
+    "A soup of random triangles: the unsigned distance is the smallest of those to each triangle, and its sign that of the exact solid angles."
+    rng = np.random.default_rng(1)
+    V, F = rng.normal(size=(90, 3)), np.arange(90).reshape(30, 3)
+    points = rng.normal(size=(200, 3))
+    nearest = np.stack([trimesh.triangles.closest_point(np.repeat(V[f][None], len(points), 0), points) for f in F])
+    assert np.allclose(np.abs(mesh_to_sdf(V, F, points)), np.linalg.norm(nearest - points, axis=2).min(0), atol=1e-9)
+    A, B, C = (V[oriented_faces(V, F)][:, k][:, None] - points for k in range(3))          # van Oosterom and Strackee 1983
+    a, b, c = (np.linalg.norm(x, axis=2) for x in (A, B, C))
+    angle = 2*np.arctan2((A*np.cross(B, C)).sum(2), a*b*c + (A*B).sum(2)*c + (B*C).sum(2)*a + (C*A).sum(2)*b).sum(0)/(4*np.pi)
+    assert np.abs(MeshField(V, F).winding(points) - angle).max() < .02
+
+
+def test_flipped_faces_change_nothing():
+    V, F = sdf_to_mesh(sample_shape('toy', 3).sdf, 48)
+    whole, flip = mesh_to_sdf(V, F, SPACE/2), np.random.default_rng(0).random(len(F)) < .3
+    assert np.allclose(mesh_to_sdf(V, np.where(flip[:, None], F[:, ::-1], F), SPACE/2), whole, atol=1e-12)
+    assert np.allclose(mesh_to_sdf(V, F[:, ::-1], SPACE/2), whole, atol=1e-12)
+    assert np.allclose(mesh_to_sdf(V[F].reshape(-1, 3), np.arange(F.size).reshape(-1, 3), SPACE/2), whole, atol=1e-12)
+    extra = np.concatenate([V, [[9, 9, 9]]]), np.concatenate([F, F[:20, [0, 0, 1]]])                     # a vertex of no face, faces without area
+    assert np.allclose(mesh_to_sdf(*extra, SPACE/2), whole, atol=1e-12)
+
+
+def test_open_and_overlapping_meshes_have_the_right_side():
+    V, F = CUBE
+    open_sdf = mesh_to_sdf(V, F[:10], SPACE)
+    below = SPACE[:, 2] < .5                                                                             # away from the missing lid
+    assert ((open_sdf < 0) == (cube_sdf(SPACE) < 0))[below].all()
+    both = mesh_to_sdf(np.concatenate([V, V + .7]), np.concatenate([F, F + 8]), SPACE)
+    assert ((both < 0) == (np.minimum(cube_sdf(SPACE), cube_sdf(SPACE - .7)) < 0)).all()
+
+
+def test_there_and_back():
+    shape = sample_shape('bottle', 0)
+    V, F = shape.mesh(64)
+    W, G = sdf_to_mesh(MeshField(V, F), 64)
+    assert watertight(W, G) and np.abs(shape.sdf(W)).max() < .02
+
+
+def test_without_libigl_the_message_names_the_extra(monkeypatch):
+    import sys
+    monkeypatch.setitem(sys.modules, 'igl', None)
+    with pytest.raises(InputError, match=r'memkit\[data\]'): mesh_to_sdf(*CUBE, SPACE)
+
+
+@pytest.mark.parametrize('V, F, points, message', [
+    (CUBE[0], CUBE[1], [0, 0, 0], r'expected \(q, 3\)'), (CUBE[0], CUBE[1], [[0, np.nan, 0]], 'finite'), (CUBE[0]*0, CUBE[1], SPACE, 'larger than a point'), (CUBE[0], CUBE[1] + 1, SPACE, 'expected 0 to 7')])
+def test_mesh_field_refusals(V, F, points, message):
+    with pytest.raises(InputError, match=message): mesh_to_sdf(V, F, points)
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_children_that_are_dropped_hold_no_surface(seed):
+    "Corners of a coarse grid against all values of the next one, for fields whose slope is 1 everywhere."
+    rng = np.random.default_rng(seed)
+    centre, radius = rng.uniform(-.8, .8, (40, 3)), rng.uniform(.01, .3, 40)
+    def field(p): return (np.linalg.norm(p[:, None] - centre, axis=2) - radius).min(1)
+    coarse, fine = empty_grid(24, 1.), empty_grid(48, 1.)
+    for grid in (coarse, fine): grid.ask(field, np.ones_like(grid.known), 1 << 15)
+    keep, surface = near_surface(coarse, 1.), mixed_signs(fine)
+    assert surface.sum() > 1000 and not (surface & ~keep).any()
+    assert keep.sum() < .6*near_surface(coarse, 2.).sum()
