@@ -155,6 +155,8 @@ def test_flipped_faces_change_nothing():
     V, F = sdf_to_mesh(sample_shape('toy', 3).sdf, 48)
     whole, flip = mesh_to_sdf(V, F, SPACE/2), np.random.default_rng(0).random(len(F)) < .3
     assert np.allclose(mesh_to_sdf(V, np.where(flip[:, None], F[:, ::-1], F), SPACE/2), whole, atol=1e-12)
+    flip[0] = True                                                                                       # where the walk begins
+    assert np.array_equal(oriented_faces(V, np.where(flip[:, None], F[:, ::-1], F)), F)
     assert np.allclose(mesh_to_sdf(V, F[:, ::-1], SPACE/2), whole, atol=1e-12)
     assert np.allclose(mesh_to_sdf(V[F].reshape(-1, 3), np.arange(F.size).reshape(-1, 3), SPACE/2), whole, atol=1e-12)
     extra = np.concatenate([V, [[9, 9, 9]]]), np.concatenate([F, F[:20, [0, 0, 1]]])                     # a vertex of no face, faces without area
