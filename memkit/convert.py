@@ -199,13 +199,14 @@ def vecset_of(
     if config['dim'] % config.get('dim_head', 64): raise InputError(f'autoencoder: width {config["dim"]} is no multiple of 64, the head of every release; expected dim_head')
     return VecSet(**config, eps_profile=eps_profile).load_released(state).eval()
 
-# %% ../nbs/64_convert.ipynb #572c8841
+# %% ../nbs/64_convert.ipynb #880525ad
 def name_of_sizes(
     config:dict, # of a network
     sizes:dict,  # name → arguments, e.g. DIT_SIZES
 )->str: # 'size "…"', or the sizes themselves
     "What a size is called."
-    name = next((k for k, v in sizes.items() if all(config.get(a) == b for a, b in v.items() if a != 'eps_profile')), None)
+    fits = [k for k, v in sizes.items() if all(config.get(a) == b for a, b in v.items() if a != 'eps_profile')]
+    name = max(fits, key=lambda k: len(sizes[k]), default=None) # the one that says most
     return f'size {name}' if name else f'width {config.get("dim") or config.get("hidden_size")}, depth {config["depth"]}'
 
 # %% ../nbs/64_convert.ipynb #7f192ab4
