@@ -151,7 +151,7 @@ def _score(rows, bank, embedder)->np.ndarray: # of HIT
         if order.shape[1] > place: hits[name][full], hits[{'label': 'score', 'second': 'second_score'}[name]][full] = order[:, place], np.take_along_axis(cosine, order, 1)[:, place]
     return hits
 
-# %% ../nbs/42_captions.ipynb #45cae9b3
+# %% ../nbs/42_captions.ipynb #3c9d0dbd
 class Report(dict):
     "What a step did, as JSON and in a few lines."
     def __str__(self):
@@ -164,6 +164,7 @@ class Report(dict):
 
 def _beside(out, what:str)->Path: return Path(out).with_name(f'{Path(out).stem}.{what}')
 
+# %% ../nbs/42_captions.ipynb #263a3f85
 def pair_report(
     hits:np.ndarray, # of HIT
     labels,          # class names
@@ -183,7 +184,7 @@ def pair_report(
         report |= dict(known=int(known.sum()), right=round(float(right[known].mean()), 4), right_of_accepted=round(float(right[known & ok].mean()), 4) if (known & ok).any() else None)
     return report
 
-# %% ../nbs/42_captions.ipynb #ede9c5ca
+# %% ../nbs/42_captions.ipynb #7569bb77
 def _pair_all(journal, rows, bank, embedder, chunk:int):
     "Score the chunks that the journal does not have; yields (rows, hits) of all."
     done = {meta['chunk']: (name, meta['sha256']) for name, (meta, _) in journal.found.items()}
@@ -193,6 +194,16 @@ def _pair_all(journal, rows, bank, embedder, chunk:int):
         else: journal.keep([], hits := _score(some, bank, embedder), chunk=number, sha256=sha)
         yield some, hits
 
+# %% ../nbs/42_captions.ipynb #3f26c08b
+def _write_pairs(out, pairs, labels, threshold:float, stamp:tuple):
+    "The accepted and the rejected rows; `pairs()` yields (rows, hits)."
+    name, accepted = lambda i: labels[i] if i >= 0 else '', lambda h: h['label'] >= 0 and h['score'] >= threshold
+    each = lambda: ((r, h) for some, hits in pairs() for r, h in zip(some, hits))
+    write_rows(out, ['id', 'label', 'caption', 'score', 'model', 'prompts'], ((r.key, name(h['label']), r.caption, f'{h["score"]:.4f}', *stamp) for r, h in each() if accepted(h)))
+    write_rows(_beside(out, 'rejected.csv'), ['id', 'caption', 'reason', 'nearest', 'score', 'second', 'second_score', 'model', 'prompts'],
+        ((r.key, r.caption, 'no caption' if h['label'] < 0 else f'below {threshold}', name(h['label']), f'{h["score"]:.4f}', name(h['second']), f'{h["second_score"]:.4f}', *stamp) for r, h in each() if not accepted(h)))
+
+# %% ../nbs/42_captions.ipynb #2cdf0dbb
 def pair_captions(
     source:str|Path,  # list of ids and captions: .csv, .tsv, .parquet
     labels,           # class names
@@ -204,20 +215,15 @@ def pair_captions(
     chunk:int=2048,   # rows at a time
 )->Report:
     "Give every caption the nearest class, or none. Resumes. Raises InputError for an unsound list, or a journal of another model or of other labels."
-    labels, out = list(labels), Path(out)
-    bank = label_bank(labels, embedder)
-    about = dict(name='captions pair', version=PAIR_VERSION, protocol=json.dumps(dict(model=embedder.name, labels=sha256_of('\0'.join(labels))[:16], chunk=chunk)))
-    place = {label_words(l): i for i, l in enumerate(labels)}
-    with Answers(out, about, restart) as journal, progress(None, 'pairing', unit='row') as bar:
-        hits, truth = [np.zeros(0, HIT)], []
-        for some, h in _pair_all(journal, stream_rows(source, columns), bank, embedder, chunk):
-            hits.append(h); truth += [place.get(label_words(r.label), -1) for r in some]; bar.update(len(some)); bar.set_postfix_str(str(embedder.meter), refresh=False)
-        again = lambda: ((r, h) for some, hs in _pair_all(journal, stream_rows(source, columns), bank, embedder, chunk) for r, h in zip(some, hs))
-        name, stamp = lambda i: labels[i] if i >= 0 else '', (embedder.name, PAIR_VERSION)
-        accepted = lambda h: h['label'] >= 0 and h['score'] >= threshold
-        write_rows(out, ['id', 'label', 'caption', 'score', 'model', 'prompts'], ((r.key, name(h['label']), r.caption, f'{h["score"]:.4f}', *stamp) for r, h in again() if accepted(h)))
-        write_rows(_beside(out, 'rejected.csv'), ['id', 'caption', 'reason', 'nearest', 'score', 'second', 'second_score', 'model', 'prompts'],
-            ((r.key, r.caption, 'no caption' if h['label'] < 0 else f'below {threshold}', name(h['label']), f'{h["score"]:.4f}', name(h['second']), f'{h["second_score"]:.4f}', *stamp) for r, h in again() if not accepted(h)))
+    labels, stamp = list(labels), (embedder.name, PAIR_VERSION)
+    bank, place = label_bank(labels, embedder), {label_words(l): i for i, l in enumerate(labels)}
+    protocol = json.dumps(dict(model=embedder.name, labels=sha256_of('\0'.join(labels))[:16], chunk=chunk))
+    with Answers(out, dict(name='captions pair', version=PAIR_VERSION, protocol=protocol), restart) as journal, progress(None, 'pairing', unit='row') as bar:
+        pairs, hits, truth = lambda: _pair_all(journal, stream_rows(source, columns), bank, embedder, chunk), [np.zeros(0, HIT)], []
+        for some, h in pairs():
+            hits.append(h); truth += [place.get(label_words(r.label), -1) for r in some]
+            bar.update(len(some)); bar.set_postfix_str(str(embedder.meter), refresh=False)
+        _write_pairs(out, pairs, labels, threshold, stamp)
         report = Report(step='pair', model=embedder.name, prompts=PAIR_VERSION, **pair_report(np.concatenate(hits), labels, threshold, truth), speed=embedder.meter.record())
         write_json(_beside(out, 'report.json'), report)
     return report
@@ -282,9 +288,21 @@ def read_filter(
     if left := surface_words(got['caption']): raise Refused(f'colour or material left: {", ".join(left[:5])}', value)
     return value
 
-# %% ../nbs/42_captions.ipynb #677fae9f
+# %% ../nbs/42_captions.ipynb #6b307721
 FILTER = Job('filter', FILTER_VERSION, ask_filter, read_filter, size=lambda row: len(row.caption), source=lambda row: f'{row.label}\0{row.caption}')
 
+def _write_filtered(out, rows, records:dict, stamp:tuple):
+    "The kept rows, and those that were dropped or failed with their reasons."
+    by_key, kept = {r.key: r for r in rows}, [k for k, r in records.items() if r['value'].get('keep')]
+    write_rows(out, ['id', 'label', 'caption', 'source_caption', 'note', 'attempts', 'model', 'prompts'],
+        ((k, by_key[k].label, records[k]['value']['caption'], by_key[k].caption, records[k]['note'], records[k]['attempts'], *stamp) for k in kept))
+    gone = [(r.key, r.label, '', 'dropped', 'no caption', 0, '', '', *stamp) for r in rows if not r.caption]
+    for k, r in records.items():
+        if not r['value'].get('keep'): gone.append((k, by_key[k].label, by_key[k].caption, 'dropped' if r['status'] == 'done' else 'failed', r['value'].get('reason') or r['note'], r['attempts'],
+                                                    '; '.join(r['refused']), r.get('raw', ''), *stamp))
+    write_rows(_beside(out, 'rejected.csv'), ['id', 'label', 'source_caption', 'status', 'reason', 'attempts', 'refused', 'answer', 'model', 'prompts'], gone)
+
+# %% ../nbs/42_captions.ipynb #35e2c812
 def filter_captions(
     source:str|Path,  # list of ids, captions and labels, e.g. what `pair_captions` wrote
     out:str|Path,     # .csv of the kept rows
@@ -296,17 +314,10 @@ def filter_captions(
 )->Report:
     "Keep or drop captions, and clean those that stay. Resumes. Raises InputError for an unsound list, or a journal of another model."
     rows = [*stream_rows(source, columns)]
-    full = [r for r in rows if r.caption]
-    records, by_key = run_job(FILTER, full, backend, out, attempts, retry_failed, restart), {r.key: r for r in full}
-    stamp, kept = (backend.name, FILTER_VERSION), [k for k, r in records.items() if r['value'].get('keep')]
-    write_rows(out, ['id', 'label', 'caption', 'source_caption', 'note', 'attempts', 'model', 'prompts'],
-        ((k, by_key[k].label, records[k]['value']['caption'], by_key[k].caption, records[k]['note'], records[k]['attempts'], *stamp) for k in kept))
-    gone = [(r.key, r.label, '', 'dropped', 'no caption', 0, '', '', *stamp) for r in rows if not r.caption]
-    for k, r in records.items():
-        if not r['value'].get('keep'): gone.append((k, by_key[k].label, by_key[k].caption, 'dropped' if r['status'] == 'done' else 'failed', r['value'].get('reason') or r['note'], r['attempts'], '; '.join(r['refused']), r.get('raw', ''), *stamp))
-    write_rows(_beside(out, 'rejected.csv'), ['id', 'label', 'source_caption', 'status', 'reason', 'attempts', 'refused', 'answer', 'model', 'prompts'], gone)
-    dropped = Counter(r['value']['reason'] for r in records.values() if r['status'] == 'done' and not r['value']['keep'])
-    report = Report(step='filter', prompts=FILTER_VERSION, kept=len(kept), dropped=sum(dropped.values()), failed=sum(r['status'] == 'failed' for r in records.values()), no_caption=len(rows) - len(full),
-        why_dropped=dict(dropped.most_common(20)), **summary(records, backend))
+    records = run_job(FILTER, [r for r in rows if r.caption], backend, out, attempts, retry_failed, restart)
+    _write_filtered(out, rows, records, (backend.name, FILTER_VERSION))
+    why = Counter(r['value']['reason'] for r in records.values() if r['status'] == 'done' and not r['value']['keep'])
+    report = Report(step='filter', prompts=FILTER_VERSION, kept=sum(r['value'].get('keep', False) for r in records.values()), dropped=sum(why.values()),
+        failed=sum(r['status'] == 'failed' for r in records.values()), no_caption=len(rows) - len(records), why_dropped=dict(why.most_common(20)), **summary(records, backend))
     write_json(_beside(out, 'report.json'), report)
     return report

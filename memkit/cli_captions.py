@@ -21,10 +21,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 @app.callback()
 def _captions(): "Pair captions with classes, filter them, describe shapes in words."
 
-# %% ../nbs/98_cli_captions.ipynb #16c3d6b9
+# %% ../nbs/98_cli_captions.ipynb #d5cfe6b7
 def open_backend(
-    kind:str,         # 'local', 'openai', 'replay' or 'ngrams'
-    task:str,         # 'text', 'vision' or 'embedding'
+    kind:str, task:str, # 'local', 'openai', 'replay' or 'ngrams'; 'text', 'vision' or 'embedding'
     model:str|None=None, # id or folder; default: that of the task
     url:str|None=None,   # of the endpoint
     replies:str|Path|None=None, # recording

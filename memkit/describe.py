@@ -66,7 +66,7 @@ def pick_views(
     rng = make_rng(seed, 'views', key)
     return tuple(int(rng.integers(a, b)) for a, b in zip(edges, edges[1:]))
 
-# %% ../nbs/43_describe.ipynb #51fa594c
+# %% ../nbs/43_describe.ipynb #1e6e173e
 GREY = (170, 170, 170)
 MAX_TILE = 2048 # pixels a side
 
@@ -80,6 +80,7 @@ def mesh_views(
         return [render_shaded(V, F, 360*i/of, 20., size, color=GREY, fit='sphere') for i in views]
     return look
 
+# %% ../nbs/43_describe.ipynb #1332dea7
 def sheet_views(
     path:str|Path, # PNG or JPEG, tiles one below the other
 ): # views, of → list of pictures
@@ -143,17 +144,25 @@ def describe_job(
         return Prompt(row.key, DESCRIBE_ASK, DESCRIBE_RULES, tuple(row.pictures(row.views, of)))
     return Job('describe', DESCRIBE_VERSION, ask, read_description, dict(views=policy, n=n_views, of=of, seed=seed))
 
-# %% ../nbs/43_describe.ipynb #80deb53b
+# %% ../nbs/43_describe.ipynb #0e51db68
+def _write_described(out, looks, records:dict, labels:dict, stamp:tuple):
+    "The described shapes, and those that could not be, with their reasons."
+    views, done = {l.key: ' '.join(map(str, l.views)) for l in looks}, lambda yes: ((k, r) for k, r in records.items() if (r['status'] == 'done') == yes)
+    write_rows(out, ['id', 'label', *LENGTHS, 'views', 'note', 'attempts', 'model', 'prompts'],
+        ((k, labels.get(k, ''), *(r['value'][level] for level in LENGTHS), views[k], r['note'], r['attempts'], *stamp) for k, r in done(True)))
+    write_rows(out.with_name(f'{out.stem}.rejected.csv'), ['id', 'reason', 'attempts', 'refused', 'answer', 'model', 'prompts'],
+        ((k, r['note'], r['attempts'], '; '.join(r['refused']), r.get('raw', ''), *stamp) for k, r in done(False)))
+
+# %% ../nbs/43_describe.ipynb #c008e5fc
 def describe_shapes(
     source,           # as in `find_views`
     out:str|Path,     # .csv with id, label, phrase, sentence, paragraph
     backend,          # reads pictures
     policy:str='train', # 'train' or 'val', see `pick_views`
-    n_views:int=4,    # shown at a time
-    of:int=12,        # views around a shape
+    n_views:int=4, of:int=12, # shown at a time; views around a shape
     seed:int=0,       # of the training draw
     size:int=256,     # pixels a side of what is drawn
-    ids=None,         # which, in this order; default: all, sorted
+    ids=None,         # which, in this order; default: all
     labels:dict={},   # id → class, copied into the result; the model does not see it
     attempts:int=3,   # for one shape
     retry_failed:bool=False, # ask again about shapes that failed earlier
@@ -164,12 +173,8 @@ def describe_shapes(
     looks = [Look(k, pick_views(k, policy, n_views, of, seed), found.get(k)) for k in (found if ids is None else ids)]
     if not looks: raise InputError('no shapes to describe; expected a folder of meshes or of sprite sheets, or shapes')
     records = run_job(describe_job(policy, n_views, of, seed), looks, backend, out, attempts, retry_failed, restart)
-    stamp, views = (backend.name, DESCRIBE_VERSION), {l.key: ' '.join(map(str, l.views)) for l in looks}
-    write_rows(out, ['id', 'label', *LENGTHS, 'views', 'note', 'attempts', 'model', 'prompts'],
-        ((k, labels.get(k, ''), *(r['value'][level] for level in LENGTHS), views[k], r['note'], r['attempts'], *stamp) for k, r in records.items() if r['status'] == 'done'))
-    write_rows(out.with_name(f'{out.stem}.rejected.csv'), ['id', 'reason', 'attempts', 'refused', 'answer', 'model', 'prompts'],
-        ((k, r['note'], r['attempts'], '; '.join(r['refused']), r.get('raw', ''), *stamp) for k, r in records.items() if r['status'] != 'done'))
-    report = Report(step='describe', prompts=DESCRIBE_VERSION, views=f'{n_views} of {of}, {policy}', words={level: round(float(np.mean([len(words(r['value'][level])) for r in records.values() if r['status'] == 'done'] or [0])), 1)
-        for level in LENGTHS}, **summary(records, backend))
+    _write_described(out, looks, records, labels, (backend.name, DESCRIBE_VERSION))
+    length = {level: round(float(np.mean([len(words(r['value'][level])) for r in records.values() if r['status'] == 'done'] or [0])), 1) for level in LENGTHS}
+    report = Report(step='describe', prompts=DESCRIBE_VERSION, views=f'{n_views} of {of}, {policy}', words=length, **summary(records, backend))
     write_json(out.with_name(f'{out.stem}.report.json'), report)
     return report
