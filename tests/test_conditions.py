@@ -273,6 +273,7 @@ def test_faults_of_checkpoints(clip, tmp_path):
     with pytest.raises(InputError, match='smell'): load_conditioner(tmp_path/'x')
     ClassTable(3, 4).save_pretrained(tmp_path/'y')
     (tmp_path/'y'/'diffusion_pytorch_model.safetensors').unlink()
+    torch.save(ClassTable(3, 4).state_dict(), tmp_path/'y'/'diffusion_pytorch_model.bin') # a pickle in its place is not opened
     with pytest.raises(InputError, match='not a sound conditioner'): load_conditioner(tmp_path/'y')
     w = hf_to_openai(load_file(clip/'model.safetensors'))
     with pytest.raises(InputError, match='missing'): released_conditioner({k: v for k, v in w.items() if 'resblocks.1.ln_2' not in k}, 'text', clip)

@@ -74,6 +74,8 @@ def test_values_depend_on_id_and_seed_alone(tmp_path):
     for i in range(6): assert torch.equal(a.raw(i), b.raw(5 - i))
     other = encode_set(vecset, all_of, tmp_path/'c', n_points=64, seed=1)
     assert not torch.equal(a.raw(0), other.raw(0))
+    same = point_source([('p', all_of[0][1]), ('q', all_of[0][1])], 64)
+    assert not (same.load(0) == same.load(1)).all()                      # each shape draws its own points
     got = a.raw(2)
     pts = torch.from_numpy(point_source(all_of, 64).load(2))[None]
     with torch.no_grad(): assert torch.equal(got, vecset.encode(pts)[0])
