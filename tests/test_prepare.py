@@ -11,7 +11,8 @@ from scipy.sparse.csgraph import connected_components
 import memkit.prepare
 from memkit.core import InputError
 from memkit.mesh import find_meshes, load_mesh, mesh_health, save_mesh
-from memkit.prepare import NEAR, Recipe, file_stem, mesh_samples, prepare, prepared_shapes, read_samples, shape_samples, write_samples
+from memkit.prepare import Recipe, file_stem, prepare, prepared_shapes
+from memkit.sampling import NEAR, mesh_samples, read_samples, shape_samples, write_samples
 from memkit.shapes import CATEGORIES, sample_shape
 from memkit.solids import box
 
