@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'SUFFIXES', 'ShapePipeline', 'Settings', 'make_settings', 'Shapes', 'model_folder', 'aligned', 'load_part',
-           'load_pipeline', 'positive', 'calibrate', 'save_sample', 'check_kinds', 'make_batch', 'generate']
+           'load_pipeline', 'positive', 'calibrate', 'save_sample', 'check_kinds', 'make_batch', 'sweep', 'generate']
 
 # %% ../nbs/62_generate.ipynb #174543a2
 import io, json, logging, re, time
@@ -296,7 +296,18 @@ def make_batch(
             if not why: save_sample(safe_join(out, s.name + suffix), z, mesh)
     return [reasons[s.name] for s in batch]
 
-# %% ../nbs/62_generate.ipynb #1f399071
+# %% ../nbs/62_generate.ipynb #be7dc844
+def sweep(
+    samples:list[Sample], # about to be made
+    out:Path, suffix:str,
+)->int: # how many files were removed
+    "Remove what a killed run left half written."
+    mine = {s.name.rpartition('/')[2][:40] for s in samples}
+    left = [p for folder in {(out/s.name).parent for s in samples} if folder.is_dir() for p in folder.glob(f'.*.tmp{suffix}') if p.name[1:].rpartition('-')[0] in mine]
+    for p in left: p.unlink()
+    return len(left)
+
+# %% ../nbs/62_generate.ipynb #3cea0293
 def generate(
     pipeline,                 # ShapePipeline, or where `load_pipeline` finds one
     samples:list[Sample],     # of `plan_samples` or `plan_table`
@@ -317,6 +328,7 @@ def generate(
     todo = samples_to_make(samples, out, suffix, rows, overwrite)
     others = set(rows) - {s.name + suffix for s in samples}
     claim_folder(out, dict(weights=pipeline.fingerprint(), z_scale=pipeline.config.z_scale, **asdict(how)), replace_all=overwrite and not others)
+    sweep(todo, out, suffix)
     for step, first in enumerate(progress(range(0, len(todo), batch_size), 'generating', unit='batch')):
         batch, begin = todo[first:first + batch_size], time.perf_counter()
         reasons = make_batch(pipeline, batch, out, suffix, how)
