@@ -163,14 +163,14 @@ def encode(
     for name, why in list(made.failed.items())[:5]: print(f'not encoded: {name}: {why}', file=sys.stderr)
     print(f'{len(made)} shapes, {len(turns)} {"copy" if len(turns) == 1 else "copies"} of each, in {out}; z_scale {made.z_scale:.4f}')
 
-# %% ../nbs/96_cli_make.ipynb #824d8aaa
+# %% ../nbs/96_cli_make.ipynb #1822ac89
 def plan_from_flags(
     pipeline,                 # ShapePipeline
     given:dict,               # kind → value of its flag; at most one is not None
     csv:Path|None, n:int|None, seed:int, column:str|None, mapping:Path|None,
 )->list: # samples
     "What the flags ask for. Raises InputError where they contradict each other or the model."
-    run = part_of_memkit('generate')
+    run = part_of_memkit('samples')
     told = {k: v for k, v in given.items() if v is not None}
     if len(told) > 1 or (csv and told): raise InputError(f'--{", --".join([*told, *(["csv"] if csv else [])])}: expected one of them')
     if csv and n is not None: raise InputError('--csv has a row for each sample; --num_samples does not go with it')

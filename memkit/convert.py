@@ -301,7 +301,7 @@ def convert(
         write_json(tmp/'conversion.json', record)
     return record
 
-# %% ../nbs/64_convert.ipynb #bfc79fdd
+# %% ../nbs/64_convert.ipynb #9041d6f0
 def open_pipeline(
     where:str|Path,  # a model of memkit, a checkpoint of another code, or a repository of either
     vecset:str|Path|None=None, # as in `convert`, or a repository
@@ -310,7 +310,7 @@ def open_pipeline(
     "A model to sample from; a checkpoint of another code is converted into the cache first. Raises InputError where there is none."
     path = Path(where).expanduser()
     if (path/'model_index.json').is_file(): return load_pipeline(path)
-    if not path.exists() and not vecset:
+    if not path.exists() and not vecset and re.fullmatch(r'[A-Za-z0-9][\w.-]*/[\w.-]+', str(where)):
         try: return load_pipeline(where)
         except InputError as e:
             if 'no model_index.json' not in str(e): raise
