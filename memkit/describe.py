@@ -6,7 +6,7 @@
 __all__ = ['DESCRIBE_RULES', 'DESCRIBE_ASK', 'DESCRIBE_VERSION', 'TALK', 'LENGTHS', 'GREY', 'MAX_TILE', 'read_description',
            'pick_views', 'mesh_views', 'sheet_views', 'find_views', 'Look', 'describe_job', 'describe_shapes']
 
-# %% ../nbs/43_describe.ipynb #bec32fff
+# %% ../nbs/43_describe.ipynb #567a6260
 import json, re
 from collections import Counter
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import numpy as np
 
 from .answers import Job, Refused, run_job, summary, write_rows
 from .captions import Report, parse_object, prompt_version, surface_words, words
-from .core import InputError, make_rng, write_json
+from .core import InputError, make_rng, safe_join, write_json
 from .language import Prompt
 from .mesh import find_meshes, load_mesh
 from .render import render_shaded
@@ -99,7 +99,16 @@ def sheet_views(
         return [picture[i*width:(i + 1)*width] for i in views]
     return look
 
-# %% ../nbs/43_describe.ipynb #9bce25c4
+# %% ../nbs/43_describe.ipynb #e5245d9f
+def _prepared(folder)->dict: # id → sheet
+    "What the manifest of a prepared folder names. Raises InputError for one without pictures, or whose names lead out of it."
+    try: sheets = {r['id']: safe_join(folder, r['sprite']) for r in json.loads((folder/'manifest.json').read_text(encoding='utf-8'))['shapes'] if r.get('sprite')}
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise e if isinstance(e, InputError) else InputError(f'{folder}: manifest.json is none of memkit ({type(e).__name__})') from None
+    if not sheets: raise InputError(f'{folder}: prepared without pictures; prepare it with views, or name the folder of meshes')
+    return sheets
+
+# %% ../nbs/43_describe.ipynb #ed2cd19c
 _SHEET = re.compile(r'(?:/images/model_normalized)?/(?:sprites?|views)(?:_v?\d+)?$|[._](?:sprites?|views)(?:_v?\d+)?$')
 
 def _load(path):
@@ -120,6 +129,7 @@ def find_views(
     if not isinstance(source, (str, Path)): return {f'{s.category}_{i:04d}': one(s) for i, s in enumerate(source)}
     folder, found = Path(source), {}
     if not folder.is_dir(): raise InputError(f'{folder}: no such folder; expected one of meshes or of sprite sheets')
+    if (folder/'manifest.json').is_file(): return {k: one(p) for k, p in sorted(_prepared(folder).items())}
     for path in sorted(p for p in folder.rglob('*') if p.suffix.lower() in ('.png', '.jpg', '.jpeg') and p.is_file()):
         key = _SHEET.sub('', path.relative_to(folder).with_suffix('').as_posix())
         if key in found: raise InputError(f'{path}: has the same id {key!r} as {found[key]}')
