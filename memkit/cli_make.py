@@ -65,7 +65,7 @@ def convert(
     for note in record['notes']: print(f'note: {note}')
     print(out)
 
-# %% ../nbs/96_cli_make.ipynb #10af40af
+# %% ../nbs/96_cli_make.ipynb #923b2d27
 def open_shapes(
     source:str, # folder, or builtin:NUMBER[:CATEGORY,CATEGORY]
 ): # what ShapeSamples and `encode_set` read
@@ -79,6 +79,7 @@ def open_shapes(
     if not path.is_dir(): raise InputError(f'{source}: no such folder; expected a prepared folder, a folder of meshes, or builtin:NUMBER')
     return part_of_memkit('prepare').prepared_shapes(path) if (path/'recipe.json').is_file() or (path/'manifest.json').is_file() else path
 
+# %% ../nbs/96_cli_make.ipynb #696394d4
 def read_changes(
     words:list[str], # NAME=VALUE; NAME may be PART.NAME
 )->dict: # nested as the names say; values as JSON, else text

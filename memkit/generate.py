@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'SUFFIXES', 'ShapePipeline', 'Settings', 'make_settings', 'Shapes', 'model_folder', 'aligned', 'load_part',
-           'load_pipeline', 'positive', 'calibrate', 'save_sample', 'check_kinds', 'make_batch', 'sweep', 'generate']
+           'load_pipeline', 'positive', 'calibrate', 'save_sample', 'check_kinds', 'make_batch', 'sweep',
+           'make_missing', 'generate']
 
 # %% ../nbs/62_generate.ipynb #174543a2
 import io, json, logging, re, time
@@ -175,7 +176,7 @@ def aligned(
     for t in (*model.parameters(), *model.buffers()): t.data = t.data.clone()
     return model
 
-# %% ../nbs/62_generate.ipynb #87a17df6
+# %% ../nbs/62_generate.ipynb #a2da807c
 PARTS = dict(dit=DiT, vecset=VecSet, conditioner=Conditioner)
 
 def load_part(
@@ -197,6 +198,7 @@ def load_part(
     if any(faults.values()): raise InputError(f'{folder}: {kind.__name__} weights are not whole; ' + '; '.join(f'{len(v)} {k}: {", ".join(map(str, sorted(v)[:4]))}' for k, v in faults.items() if v))
     return aligned(model.eval())
 
+# %% ../nbs/62_generate.ipynb #212c4a23
 def load_pipeline(
     where:str|Path,         # as in `model_folder`
     revision:str|None=None, # as in `model_folder`
@@ -307,7 +309,23 @@ def sweep(
     for p in left: p.unlink()
     return len(left)
 
-# %% ../nbs/62_generate.ipynb #3cea0293
+# %% ../nbs/62_generate.ipynb #d0f9bf01
+def make_missing(
+    pipeline:ShapePipeline, todo:list[Sample], out:Path, suffix:str, batch_size:int, settings:Settings,
+    book:Path,  # the manifest, written after every batch
+    rows:dict,  # its lines, extended here
+):
+    "Make samples batch by batch."
+    kind = 'latents' if suffix == '.pt' else 'mesh'
+    sweep(todo, out, suffix)
+    for step, first in enumerate(progress(range(0, len(todo), batch_size), 'generating', unit='batch')):
+        batch, begin = todo[first:first + batch_size], time.perf_counter()
+        reasons = make_batch(pipeline, batch, out, suffix, settings)
+        run = dict(step=step, batch_size=batch_size, output_type=kind, dt_sec=(time.perf_counter() - begin)/len(batch))
+        rows |= {s.name + suffix: manifest_row(s, s.name + suffix, why, **run) for s, why in zip(batch, reasons)}
+        write_manifest(book, rows.values())
+
+# %% ../nbs/62_generate.ipynb #759e6a6a
 def generate(
     pipeline,                 # ShapePipeline, or where `load_pipeline` finds one
     samples:list[Sample],     # of `plan_samples` or `plan_table`
@@ -328,13 +346,7 @@ def generate(
     todo = samples_to_make(samples, out, suffix, rows, overwrite)
     others = set(rows) - {s.name + suffix for s in samples}
     claim_folder(out, dict(weights=pipeline.fingerprint(), z_scale=pipeline.config.z_scale, **asdict(how)), replace_all=overwrite and not others)
-    sweep(todo, out, suffix)
-    for step, first in enumerate(progress(range(0, len(todo), batch_size), 'generating', unit='batch')):
-        batch, begin = todo[first:first + batch_size], time.perf_counter()
-        reasons = make_batch(pipeline, batch, out, suffix, how)
-        run = dict(step=step, batch_size=batch_size, output_type='latents' if suffix == '.pt' else 'mesh', dt_sec=(time.perf_counter() - begin)/len(batch))
-        rows |= {s.name + suffix: manifest_row(s, s.name + suffix, why, **run) for s, why in zip(batch, reasons)}
-        write_manifest(book, rows.values())
+    make_missing(pipeline, todo, out, suffix, batch_size, how, book, rows)
     rows |= {key: manifest_row(s, key, output_type='latents' if suffix == '.pt' else 'mesh') for s in samples if (key := s.name + suffix) not in rows}
     write_manifest(book, rows.values())
     return [rows[s.name + suffix] for s in samples]
