@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'Denoiser', 'shape_conditions', 'LatentPairs', 'denoiser_loss', 'make_recipe', 'make_denoiser',
-           'draw_shapes', 'picture_maker', 'describe_latents', 'describe_model', 'limit_shapes', 'train_denoiser',
-           'is_main', 'export_model']
+           'draw_shapes', 'picture_maker', 'describe_latents', 'describe_model', 'limit_shapes', 'valid_pairs',
+           'train_denoiser', 'is_main', 'export_model']
 
 # %% ../nbs/63_denoiser.ipynb #92d1c34a
 import copy, json
@@ -188,35 +188,45 @@ def limit_shapes(
     if most is None or len(latents) <= most: return latents
     return latents.subset([latents.ids[i] for i in sorted(make_rng(seed, 'max shapes').permutation(len(latents))[:most])])
 
-# %% ../nbs/63_denoiser.ipynb #9a66ab21
+# %% ../nbs/63_denoiser.ipynb #99833aae
+def valid_pairs(
+    latents,       # LatentSet of held-out shapes
+    conditioner,   # or None
+    level:str,     # of captions
+    z_scale:float, # of the training set
+    **extra,       # of the training set
+)->LatentPairs:
+    "The validation set, under the training set's scale."
+    latents = copy.copy(latents)
+    latents.given = z_scale
+    return LatentPairs(latents, conditioner, shape_conditions(latents, conditioner, level))
+
+# %% ../nbs/63_denoiser.ipynb #eec7bb3f
 def train_denoiser(
-    latents,               # LatentSet of the training shapes
-    conditioner,           # Conditioner or its settings; 'none'; None = the recipe's
-    out,                   # folder of the run, and of the finished model
-    recipe='tiny',         # name or dict
-    conditions=None,       # one raw condition per shape; default: labels or captions of the latents
-    valid=None,            # LatentSet of held-out shapes
-    vecset=None,           # their autoencoder: for pictures, and for a model that makes meshes
-    level:str='sentence',  # of captions
+    latents,             # LatentSet of the training shapes
+    conditioner,         # Conditioner or its settings; 'none'; None = the recipe's
+    out,                 # folder of the run, and of the finished model
+    recipe='tiny',       # name or dict
+    conditions=None,     # one raw condition per shape; default: labels or captions of the latents
+    valid=None,          # LatentSet of held-out shapes
+    vecset=None,         # their autoencoder: for pictures, and for a model that makes meshes
+    level:str='sentence',# of captions
     resume:bool=True, verbose:bool=True, # as in `train`
     **changes,             # of the recipe: train=dict(steps=1000)
 ): # TrainResult
     "Train a denoiser and write it as a model. Raises InputError, TrainingError."
     recipe = make_recipe(recipe, **changes)
     config = TrainConfig(**recipe['train'])
-    if recipe['max_shapes'] and conditions is None: latents = limit_shapes(latents, recipe['max_shapes'])
+    if conditions is None: latents = limit_shapes(latents, recipe['max_shapes'])
     x_1 = latents.sample(0, 0)['x_1']
     model = make_denoiser(recipe, x_1.shape[1], conditioner, getattr(latents, 'labels', ()), config.seed)
     conditions = conditions if conditions is not None else shape_conditions(latents, model.conditioner, level)
     pairs = LatentPairs(latents, model.conditioner, conditions, config.seed)
     settings = describe_model(model) | dict(p_uncond=recipe['p_uncond'], n_tokens=len(x_1), latents=describe_latents(latents))
-    if valid is not None:
-        valid = copy.copy(valid); valid.given = getattr(latents, 'z_scale', 1.)
-        valid = LatentPairs(valid, model.conditioner, shape_conditions(valid, model.conditioner, level))
     extra = dict(z_scale=settings['latents']['z_scale'], n_tokens=len(x_1))
-    picture = vecset and config.sample_every and picture_maker(vecset, **extra, conditions=conditions)
-    result = train(model, partial(denoiser_loss, p_uncond=recipe['p_uncond']), pairs, config, out,
-                   valid, picture or None, recipe['groups'], extra, settings, resume, verbose)
+    if valid is not None: valid = valid_pairs(valid, model.conditioner, level, **extra)
+    picture = picture_maker(vecset, **extra, conditions=conditions) if vecset is not None and config.sample_every else None
+    result = train(model, partial(denoiser_loss, p_uncond=recipe['p_uncond']), pairs, config, out, valid, picture, recipe['groups'], extra, settings, resume, verbose)
     if result.finished and is_main(): export_model(out, vecset)
     return result
 
