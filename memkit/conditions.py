@@ -159,7 +159,7 @@ class FeatureCache:
     def __contains__(self, key): return key in self.recent or key in self.where
     def __len__(self): return len({*self.recent, *self.where})
 
-# %% ../nbs/42_conditions.ipynb #a81e0012
+# %% ../nbs/42_conditions.ipynb #5215a1d8
 @patch
 def put(self:FeatureCache,
     items:dict, # key → tensor
@@ -174,7 +174,6 @@ def put(self:FeatureCache,
     with atomic_path(path) as tmp: save_file({k: v.contiguous().clone() for k, v in items.items()}, tmp)
     self.where |= dict.fromkeys(items, path)
 
-# %% ../nbs/42_conditions.ipynb #63efbf6e
 @patch
 def get(self:FeatureCache,
     key:str, # that is in the cache
