@@ -6,7 +6,7 @@
 __all__ = ['TURNS', 'RECIPES', 'random_turn', 'ShapeSamples', 'smooth_start', 'new_vecset', 'make_recipe', 'point_frame',
            'reconstruct', 'volume_iou', 'reconstruction_iou', 'reconstruction_picture', 'train_vecset']
 
-# %% ../nbs/52_autoencoder.ipynb #70986d62
+# %% ../nbs/52_autoencoder.ipynb #742bff77
 from functools import partial
 from pathlib import Path
 
@@ -16,10 +16,12 @@ from fastcore.basics import patch
 from PIL import Image
 
 from .core import InputError, make_rng
-from .prepare import prepared_shapes, shape_samples
+from .prepare import prepared_shapes
 from .render import render_shaded
+from .sampling import shape_samples
 from .sdf import sdf_to_mesh
-from .train import TrainConfig, TrainResult, load_checkpoint, train
+from .runs import TrainConfig, load_checkpoint
+from .train import TrainResult, train
 from .vecset import VECSET_SIZES, VecSet, vecset_loss
 
 # %% ../nbs/52_autoencoder.ipynb #4f6c48fb
@@ -230,13 +232,14 @@ def reconstruction_picture(
         return Image.fromarray(np.hstack(views))
     return picture
 
-# %% ../nbs/52_autoencoder.ipynb #f000cf56
+# %% ../nbs/52_autoencoder.ipynb #5b304497
 def train_vecset(
     source,             # what ShapeSamples takes
     out:str|Path,       # folder of the run
     recipe:str='tiny',  # one of RECIPES
     valid=None,         # shapes to validate on: what ShapeSamples takes
     resume:bool=True,   # go on where the folder stands
+    verbose:bool=True,  # print the merged configuration
     **changes,          # sizes, data, loss: dicts; and fields of TrainConfig, such as steps
 )->tuple[VecSet, TrainResult]: # the autoencoder in evaluation mode, and what `train` returns
     "Train an autoencoder by a recipe. Raises InputError for unknown names and for a folder of another configuration."
@@ -245,7 +248,7 @@ def train_vecset(
     data = source if isinstance(source, ShapeSamples) else ShapeSamples(source, **r['data'])
     vecset = new_vecset(config.seed, r['start'], **r['vecset'])
     valid = valid if valid is None or isinstance(valid, ShapeSamples) else ShapeSamples(valid, **{**r['data'], 'augment': 'none'})
-    result = train(vecset, partial(vecset_loss, **r['loss']), data, config, out, valid=valid, sample=reconstruction_picture(data), settings={k: v for k, v in r.items() if k != 'train'}, resume=resume)
+    result = train(vecset, partial(vecset_loss, **r['loss']), data, config, out, valid=valid, sample=reconstruction_picture(data), settings={k: v for k, v in r.items() if k != 'train'}, resume=resume, verbose=verbose)
     vecset.load_state_dict(load_checkpoint(out).weights)
     if result.finished and (not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0): vecset.eval().save_pretrained(Path(out)/'vecset')
     return vecset.eval(), result
