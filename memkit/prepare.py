@@ -6,11 +6,12 @@
 __all__ = ['FORMAT', 'Recipe', 'file_stem', 'Prepared', 'prepared_shapes', 'shape_items', 'prepare', 'mesh_samples',
            'read_samples', 'sample_frame', 'shape_samples', 'write_samples']
 
-# %% ../nbs/45_prepare.ipynb #b05138f5
+# %% ../nbs/45_prepare.ipynb #714789d1
 import csv, json, os, re, shutil, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -192,10 +193,12 @@ def shape_items(
     if len(items) < len(shapes): raise InputError(f'shapes: {len(shapes) - len(items)} of {len(shapes)} occur twice; expected different ones')
     return dict(sorted(items.items()))
 
-# %% ../nbs/45_prepare.ipynb #0ae7feaa
+# %% ../nbs/45_prepare.ipynb #2304b137
 def _open_folder(out:Path, recipe:Recipe):
-    "Write down the recipe, or compare it with the one that is there. Raises InputError for another one."
+    "Write down the recipe, or compare it with the one that is there. Raises InputError for another one, and for what is no folder."
     file = out/'recipe.json'
+    try: out.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise InputError(f'{out}: cannot be a folder ({e.strerror}); expected a new one, or one that was prepared before') from e
     if not file.is_file(): return write_json(file, dict(format=FORMAT, recipe=asdict(recipe)))
     try: old = json.loads(file.read_text(encoding='utf-8'))['recipe']
     except Exception as e: raise InputError(f'{file}: {describe_error(e)}; expected the recipe of a prepared folder') from e
@@ -262,7 +265,7 @@ def _write_tables(out:Path, recipe:Recipe, records:dict, items:dict)->Prepared:
     write_json(out/'manifest.json', dict(format=FORMAT, recipe=asdict(recipe), shapes=list(records.values()), provenance=provenance()))
     return prepared_shapes(out)
 
-# %% ../nbs/45_prepare.ipynb #5d19e352
+# %% ../nbs/45_prepare.ipynb #72a7792d
 def prepare(
     source,                 # folder of meshes, list of files, dict id → file, or list of built-in shapes
     out:str|Path,           # folder for samples/, sprites/, manifest.json and manifest.csv; the same folder resumes
@@ -274,6 +277,7 @@ def prepare(
 )->Prepared: # all that succeeded; `.failures` says what did not, and why
     "Prepare shapes for training, going on where an earlier call stopped. Raises InputError for an unusable source, another recipe in `out` or a disk too small."
     items, out = shape_items(source), Path(out)
+    if find_spec('igl') is None and any(isinstance(x, str) for x in items.values()): raise InputError('meshes need libigl; install it with: pip install "memkit[data]". Built-in shapes do without')
     _open_folder(out, recipe)
     descriptor = dict(name='prepare', version='1', protocol=json.dumps(asdict(recipe), sort_keys=True))
     with Journal(out/'journal.bin', descriptor) as journal, progress(None, 'preparing', total=len(items), unit='shape') as bar:

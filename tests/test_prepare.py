@@ -76,7 +76,7 @@ def test_cuboid_has_the_distances_of_its_closed_form(variant):
     assert [np.sqrt((a['near_sdf'][part]**2).mean()) for part in (slice(0, 1000), slice(1000, None))] == pytest.approx(NEAR, rel=.12)
 
 
-@pytest.mark.parametrize('category', CATEGORIES)
+@pytest.mark.parametrize('category', CATEGORIES[::3])
 def test_built_in_shapes_keep_their_own_field(category):
     shape = sample_shape(category, 4)
     a = shape_samples(shape, 7, resolution=64, **FEW)
@@ -164,6 +164,11 @@ def test_what_cannot_be_written_is_no_fault_of_the_mesh(meshes, tmp_path, monkey
     out.mkdir(); (out/'samples').write_text('in the way')
     with pytest.raises(OSError, match='could not be written'): prepare(meshes, out, TINY, n_jobs=1)
     (out/'samples').unlink()
+    with pytest.raises(InputError, match='cannot be a folder'): prepare(meshes, meshes/'cuboid0.off', TINY, n_jobs=1)
+    with monkeypatch.context() as m:
+        m.setattr(memkit.prepare, 'find_spec', lambda _: None)
+        with pytest.raises(InputError, match='pip install "memkit'): prepare(meshes, out, TINY, n_jobs=1)
+        assert not prepare([sample_shape('mug', 1)], out.parent/'shapes', TINY, n_jobs=1).failures
     with monkeypatch.context() as m:
         m.setattr(memkit.prepare.shutil, 'disk_usage', lambda _: type('', (), dict(free=1000)))
         with pytest.raises(InputError, match='0.0 GB are free'): prepare(meshes, out, TINY, n_jobs=1)
