@@ -136,7 +136,7 @@ def _settled(out, about, ids, shard):
     if other: raise InputError(f'{out}: holds latents of another run; different: ' + ', '.join(f'{k} ({str(was.get(k))[:60]} instead of {str(now[k])[:60]})' for k in other) + '. Choose another folder, or delete this one')
     return old
 
-# %% ../nbs/51_latents.ipynb #17630fcd
+# %% ../nbs/51_latents.ipynb #3d3aa9c9
 def write_shards(
     compute,      # list of numbers → (len, copies, m, c) float32 tensor, dict number → reason for what failed
     ids:list,     # of str
@@ -160,7 +160,7 @@ def write_shards(
             write_json(path.with_suffix('.json'), record)
         whole[path.name] = record
     write_json(out/'index.json', index | dict(complete=True, shards=[whole[k] for k in sorted(whole)]))
-    for k in whole: (out/k).with_suffix('.json').unlink(missing_ok=True)
+    for path in [(out/k).with_suffix('.json') for k in whole] + [*out.glob('.*.tmp.*')]: path.unlink(missing_ok=True) # also halves that a kill left
     return out
 
 # %% ../nbs/51_latents.ipynb #fb7d0e5d
@@ -214,12 +214,12 @@ def encode_clouds(
     if not torch.isfinite(out).all(): raise InputError('the autoencoder gives latents with NaN or infinity; its weights or their precision are at fault')
     return out
 
-# %% ../nbs/51_latents.ipynb #60148359
+# %% ../nbs/51_latents.ipynb #5ee46d4e
 class _Shards:
     "Latents in the folder of `write_shards`."
     def __init__(self, folder, verify):
         self.folder, self.open, index = folder, {}, json.loads((folder/'index.json').read_text())
-        if not index.get('complete'): raise InputError(f'{folder}: encoding was interrupted, {len(list(folder.glob("*.safetensors")))} of {-(-len(index["ids"])//index["shard"])} shards are there; call it again to go on')
+        if not index.get('complete'): raise InputError(f'{folder}: encoding was interrupted, {len(list(folder.glob("latents-*.safetensors")))} of {-(-len(index["ids"])//index["shard"])} shards are there; call it again to go on')
         for s in index['shards']:
             path = folder/s['file']
             if not path.exists(): raise InputError(f'{path}: missing; encode again into the same folder')

@@ -61,6 +61,7 @@ def test_killed_and_resumed(tmp_path):
     made = {p.name: p.stat().st_mtime_ns for p in out.glob('latents-*.json')}
     assert 1 <= len(made) < 5
     with pytest.raises(InputError, match='interrupted, . of 5 shards'): LatentSet(out)
+    (out/'.latents-00004-abc.tmp.safetensors').write_bytes(b'half a sha')              # what a kill within a write leaves
     resumed = encode_set(toy(), clouds(10), out, yaws=(0., 90.), n_points=64, shard=2, batch_size=2)
     assert hashes(out) == hashes(tmp_path/'whole') and not list(out.glob('.*'))       # the same bytes, nothing left over
     assert all((out/n).with_suffix('.safetensors').stat().st_mtime_ns <= t for n, t in made.items())   # what was whole has been kept
