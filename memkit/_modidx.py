@@ -1140,6 +1140,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'memkit.sdf.mesh_to_sdf': ('sdf.html#mesh_to_sdf', 'memkit/sdf.py'),
                             'memkit.sdf.mixed_signs': ('sdf.html#mixed_signs', 'memkit/sdf.py'),
                             'memkit.sdf.near_surface': ('sdf.html#near_surface', 'memkit/sdf.py'),
+                            'memkit.sdf.one_sided_faces': ('sdf.html#one_sided_faces', 'memkit/sdf.py'),
                             'memkit.sdf.oriented_faces': ('sdf.html#oriented_faces', 'memkit/sdf.py'),
                             'memkit.sdf.over_corners': ('sdf.html#over_corners', 'memkit/sdf.py'),
                             'memkit.sdf.sample_adaptive': ('sdf.html#sample_adaptive', 'memkit/sdf.py'),

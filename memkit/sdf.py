@@ -4,18 +4,22 @@
 
 # %% auto #0
 __all__ = ['igl', 'Grid', 'empty_grid', 'over_corners', 'corners_of', 'mixed_signs', 'near_surface', 'sample_adaptive', 'mesh_of',
-           'sdf_to_mesh', 'oriented_faces', 'MeshField', 'mesh_to_sdf']
+           'sdf_to_mesh', 'one_sided_faces', 'oriented_faces', 'MeshField', 'mesh_to_sdf']
 
-# %% ../nbs/12_sdf.ipynb #511c3981
+# %% ../nbs/12_sdf.ipynb #0a947656
 from dataclasses import dataclass
 
 import numpy as np
 from fastcore.basics import patch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 from skimage.measure import marching_cubes
 
 from .core import InputError
-from .mesh import check_mesh
+from .mesh import _places, check_mesh
 from .weights import Lazy
+
+igl = Lazy('igl', 'data')
 
 # %% ../nbs/12_sdf.ipynb #9c37cabf
 @dataclass
@@ -57,10 +61,9 @@ def ask(self:Grid,
     self.known.reshape(-1)[index] = True
     return len(index)
 
-# %% ../nbs/12_sdf.ipynb #35646789
+# %% ../nbs/12_sdf.ipynb #063f447a
 _OCTANTS = [(i, j, k) for i in (0, 1) for j in (0, 1) for k in (0, 1)]
 
-# %% ../nbs/12_sdf.ipynb #d2e77711
 def over_corners(
     corners:np.ndarray, # (n+1, n+1, n+1)
     reduce=np.minimum,  # a binary ufunc
@@ -202,24 +205,43 @@ def sdf_to_mesh(
         raise InputError(f'field: no surface in the cube of half side {bound} at resolution {resolution}; every value is {side}')
     return mesh_of(grid)
 
-# %% ../nbs/12_sdf.ipynb #6c6e137c
-igl = Lazy('igl', 'data')
+# %% ../nbs/12_sdf.ipynb #0b6169bf
+def one_sided_faces(
+    V:np.ndarray, # (v,3)
+    F:np.ndarray, # (f,3)
+)->np.ndarray: # (g,3) int64, g ≤ f
+    "The faces without the back sides of closed shells, and without repeated ones. Raises InputError for what is not a mesh."
+    V, F = check_mesh(V, F)
+    place = _places(V)[F]
+    n, joined = int(place.max()) + 1, igl.bfs_orient(place)[1]               # pieces: joined across edges of exactly two faces
+    piece, corner = np.unique(np.stack([np.repeat(joined, 3), place.ravel()], 1), axis=0).T
+    code, total = np.random.default_rng(0).integers(1 << 62, size=n, dtype=np.uint64), np.zeros(joined.max() + 1, np.uint64)
+    np.add.at(total, piece, code[corner])                                    # one number for each set of corners
+    keep = np.isin(joined, np.unique(total, return_index=True)[1])
+    if keep.all(): return F
+    links = coo_matrix((np.ones(2*len(F), bool), (place[:, [0, 0]].ravel(), place[:, [1, 2]].ravel())), shape=(n, n))
+    part = connected_components(links, directed=False)[1]
+    a, b = place[keep][:, [0, 1, 2]].ravel(), place[keep][:, [1, 2, 0]].ravel()
+    edge, uses = np.unique(np.minimum(a, b)*n + np.maximum(a, b), return_counts=True)
+    of = part[edge//n]
+    open_share = np.bincount(of, uses == 1, part.max() + 1)/np.maximum(np.bincount(of, minlength=part.max() + 1), 1)
+    return F
 
-# %% ../nbs/12_sdf.ipynb #98f2edc8
+# %% ../nbs/12_sdf.ipynb #da59f4f9
 def oriented_faces(
     V:np.ndarray, # (v,3)
     F:np.ndarray, # (f,3)
 )->np.ndarray: # (f,3) int64, the same faces, some of them turned over
     "Faces whose neighbours agree on which side is outside, as far as the surface is a manifold. Raises InputError for what is not a mesh."
     V, F = check_mesh(V, F)
-    place = np.unique(V, axis=0, return_inverse=True)[1].reshape(-1)[F]     # corners in one place are one corner, whatever their numbers
+    place = _places(V)[F]                                                    # corners in one place are one corner, whatever their numbers
     turned, patch = igl.bfs_orient(place)
     flipped = (turned != place).any(1)
     area = np.linalg.norm(np.cross(V[F[:, 1]] - V[F[:, 0]], V[F[:, 2]] - V[F[:, 0]]), axis=1)
     most = np.bincount(patch, np.where(flipped, area, -area)) > 0
     return np.where((flipped ^ most[patch])[:, None], F[:, ::-1], F)
 
-# %% ../nbs/12_sdf.ipynb #7a9155d1
+# %% ../nbs/12_sdf.ipynb #31b8969d
 class MeshField:
     """The signed distance to a mesh, a function of points; its search trees are built once.
 
@@ -234,7 +256,7 @@ class MeshField:
         with np.errstate(all='ignore'): self.centre, self.size = V.min(0)/2 + V.max(0)/2, float((V.max(0)/2 - V.min(0)/2).max())
         if not 0 < self.size < np.inf: raise InputError(f'mesh: extent {2*self.size:.3g}; expected a surface larger than a point and within double precision')
         V = np.ascontiguousarray((V - self.centre)/self.size)
-        self.mesh = V, np.ascontiguousarray(oriented_faces(V, F))
+        self.mesh = V, np.ascontiguousarray(oriented_faces(V, one_sided_faces(V, F)))
         self._tree, self._solid_angle = igl.AABB(), igl.FastWindingNumberBVH()
         self._tree.init(*self.mesh)
         self._solid_angle.init(*self.mesh)

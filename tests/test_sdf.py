@@ -163,6 +163,17 @@ def test_flipped_faces_change_nothing():
     assert np.allclose(mesh_to_sdf(*extra, SPACE/2), whole, atol=1e-12)
 
 
+def test_back_sides_of_a_closed_body_do_not_empty_it():
+    "Every face a second time, looking inward, in another order and with other numbers for its corners; the sheet beside it stays a sheet."
+    V, F = sdf_to_mesh(sample_shape('toy', 3).sdf, 32)
+    order = np.random.default_rng(1).permutation(len(F))
+    W, G = np.concatenate([V, V]), np.concatenate([F, F[order][:, ::-1] + len(V)])
+    assert np.allclose(mesh_to_sdf(W, G, SPACE/2), mesh_to_sdf(V, F, SPACE/2), atol=1e-12)
+    sheet = np.array([[3., 0, 0], [4, 0, 0], [4, 1, 0]]), np.array([[0, 1, 2], [2, 1, 0]])
+    near = SPACE*[.5, .5, .01] + [3.5, .5, 0]
+    assert (mesh_to_sdf(np.concatenate([W, sheet[0]]), np.concatenate([G, sheet[1] + len(W)]), near) > 0).all()
+
+
 def test_open_and_overlapping_meshes_have_the_right_side():
     V, F = CUBE
     open_sdf = mesh_to_sdf(V, F[:10], SPACE)
