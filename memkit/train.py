@@ -36,7 +36,7 @@ def _accelerator(config):
         raise InputError('FSDP version 1 cannot be resumed exactly; start with `accelerate launch --use_fsdp --fsdp_version 2`')
     return accelerator
 
-# %% ../nbs/03_train.ipynb #cb7a8a25
+# %% ../nbs/03_train.ipynb #8787b6d9
 class Trainer:
     "One run: model, loss, data, optimiser, processes. Use `train`; the methods are public for reading."
     def __init__(self, model, loss, data, config, out, valid=None, sample=None, groups=None, extra=None, settings=None):
@@ -48,7 +48,7 @@ class Trainer:
         self.step, self.stop, self.pending, self.ema = 0, False, [], None
         self.micro_batches = Batches(data, config, self.rank, self.world)
         self.optimizer = torch.optim.AdamW(parameter_groups(model, config, groups), lr=config.lr, betas=config.betas, eps=config.eps,
-                                           fused=self.accelerator.device.type == 'cuda')
+                                           fused=self.accelerator.device.type in ('cpu', 'cuda'))
         self.checkpoint = None
 
 # %% ../nbs/03_train.ipynb #99820ce2
@@ -80,13 +80,13 @@ def reduce(
     packed = torch.tensor([float(x) for x in numbers], dtype=torch.float64, device=self.accelerator.device)
     return (self.accelerator.reduce(packed, 'sum')/self.world).tolist()
 
-# %% ../nbs/03_train.ipynb #e9ad297a
+# %% ../nbs/03_train.ipynb #2d6f84a5
 @patch
 def losses(
     self:Trainer, batch,
 )->tuple: # (scalar tensor, dict of floats)
     "The loss of one micro-batch, on this process's device."
-    batch = {k: v.to(self.accelerator.device, non_blocking=True) for k, v in batch.items()}
+    batch = {k: v if k == 'seed' else v.to(self.accelerator.device, non_blocking=True) for k, v in batch.items()}   # seeds are read on the CPU
     with self.accelerator.autocast() if self.sharded else contextlib.nullcontext(): result = self.loss(self.model, batch)
     value, named = result if isinstance(result, tuple) else (result, {})
     return value, {k: float(v) for k, v in named.items()}
