@@ -225,7 +225,7 @@ def one_sided_faces(
     edge, uses = np.unique(np.minimum(a, b)*n + np.maximum(a, b), return_counts=True)
     of = part[edge//n]
     open_share = np.bincount(of, uses == 1, part.max() + 1)/np.maximum(np.bincount(of, minlength=part.max() + 1), 1)
-    return F
+    return F[keep | (open_share[part[place[:, 0]]] > .05)]
 
 # %% ../nbs/12_sdf.ipynb #da59f4f9
 def oriented_faces(
