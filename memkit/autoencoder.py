@@ -62,16 +62,16 @@ class ShapeSamples:
         self.kept = {}
     def __len__(self): return len(self.ids)
 
-# %% ../nbs/52_autoencoder.ipynb #2721f4d2
+# %% ../nbs/52_autoencoder.ipynb #e495ca6c
 @patch
 def arrays(self:ShapeSamples,
     i:int, # number of the shape
-)->dict: # vol_points, vol_sdf, near_points, near_sdf, surface_points: float32; inside, outside: indices of vol_points
+)->dict: # shifts, scale of the frame; vol_points, vol_sdf, near_points, near_sdf, surface_points: float32; inside, outside: indices of vol_points
     "The pool of one shape."
     if i in self.kept: return self.kept[i]
     a = shape_samples(self.source[i], self.seed, **self.pool) if self.builtin else self.source.load(self.ids[i])
     if len(a['surface_points']) < self.n_points: raise InputError(f'{self.ids[i]}: {len(a["surface_points"])} surface points; expected at least {self.n_points}')
-    a = {k: v for k, v in a.items() if k not in ('shifts', 'scale')} | dict(zip(('inside', 'outside'), (np.flatnonzero(s) for s in (a['vol_sdf'] < 0, a['vol_sdf'] >= 0))))
+    a = a | dict(zip(('inside', 'outside'), (np.flatnonzero(s) for s in (a['vol_sdf'] < 0, a['vol_sdf'] >= 0))))
     if len(self.kept) < self.in_memory: self.kept[i] = a
     return a
 
@@ -102,6 +102,15 @@ def cloud(self:ShapeSamples,
     surface = self.arrays(i)['surface_points']
     return torch.from_numpy(surface[make_rng(seed, 'encode', i).choice(len(surface), self.n_points, replace=False)])
 
+# %% ../nbs/52_autoencoder.ipynb #b92862f9
+@patch
+def truth(self:ShapeSamples,
+    i:int, # number of a built-in shape
+): # function (q, 3) → (q,), negative inside
+    "The exact field of a built-in shape, in the frame its samples are normalised to, which is not quite the frame it was built in."
+    a, sdf = self.arrays(i), self.source[i].sdf
+    return lambda points: a['scale']*sdf(np.asarray(points, np.float64)/a['scale'] + a['shifts'])
+
 # %% ../nbs/52_autoencoder.ipynb #9cda81c0
 @torch.no_grad()
 def smooth_start(
@@ -129,9 +138,9 @@ def new_vecset(
         vecset = VecSet(**config)
     return vecset.train() if start is None else smooth_start(vecset.train(), **start)
 
-# %% ../nbs/52_autoencoder.ipynb #0ad38146
+# %% ../nbs/52_autoencoder.ipynb #442ae4bf
 RECIPES = {
-    'tiny': dict(size='tiny', data=dict(n_points=256, n_vol=96, n_near=96), loss=dict(surface=0., eikonal=0.), start=dict(gain=10., decay=1., plain=3.),
+    'tiny': dict(size='tiny', data=dict(n_points=256, n_vol=64, n_near=128), loss=dict(surface=0., eikonal=0., contrast=1.), start=dict(gain=2., decay=.5, plain=3.),
                  train=dict(steps=4000, batch_size=16, lr=3e-3, warmup=100, eps=1e-8, save_every=1000, valid_every=0)),
     'vecsetx': dict(size='released', data=dict(n_points=8192, n_vol=1024, n_near=1024, augment='any'), loss=dict(), start=None, train=dict(batch_size=64, precision='bf16')),
 }
@@ -195,7 +204,7 @@ def volume_iou(
     if not (a | b).any(): raise InputError(f'no inside at {n} points of either field; expected solids')
     return float((a & b).sum()/(a | b).sum())
 
-# %% ../nbs/52_autoencoder.ipynb #13c33694
+# %% ../nbs/52_autoencoder.ipynb #5f3f327f
 @torch.inference_mode()
 def reconstruction_iou(
     vecset:VecSet,
@@ -210,7 +219,7 @@ def reconstruction_iou(
     for i in range(len(data)) if which is None else which:
         a, cloud = data.arrays(i), data.cloud(i, seed)
         field = vecset.field(vecset.encode(cloud[None].to(device), n_latents)[0])
-        if data.builtin: out.append(volume_iou(field, data.source[i].sdf, n, seed=seed)); continue
+        if data.builtin: out.append(volume_iou(field, data.truth(i), n, seed=seed)); continue
         near = (np.abs(a['vol_points']) <= 1).all(1)     # the ball of radius √3 holds the cube: these are uniform in it
         got, want = field(a['vol_points'][near]) < 0, a['vol_sdf'][near] < 0
         out.append(float((got & want).sum()/max(1, (got | want).sum())))
