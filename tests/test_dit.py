@@ -174,7 +174,7 @@ def test_a_sample_does_not_depend_on_its_batch():
 @pytest.mark.parametrize('tokens', (1, 5))
 @torch.no_grad()
 def test_cached_conditions_cost_less_and_change_nothing(tokens):
-    model, x, t, context = build().eval(), draw(2, 6, 8), torch.rand(2), draw(2, tokens, 24)
+    model, x, t, context = build().eval(), draw(2, 6, 8), draw(2).sigmoid(), draw(2, tokens, 24)
     cache, flops = model.cache_context(context), {}
     for name, c in dict(plain=context, cached=cache).items():
         with FlopCounterMode(display=False) as counter: out = model(x, t, c)
@@ -194,11 +194,12 @@ def test_operations_of_the_released_sizes(name, per_token):
 
 
 def test_half_precision_keeps_close_and_trains():
-    model, x, t, context = build(), draw(4, 6, 8), torch.rand(4), draw(4, 5, 24)
+    model, x, t, context = build(), draw(4, 6, 8), draw(4).sigmoid(), draw(4, 5, 24)
     with torch.autocast('cpu', torch.bfloat16):
         out = model(x, t, context)
         out.float().square().mean().backward()
-    assert off(out.float(), model(x, t, context)) < .1*out.float().std().item()
+    # the mean, not the largest: rounding may send a token that is nearly undecided to another expert. Over 200 draws the mean was at most 1.05 % of the spread
+    assert (out.float() - model(x, t, context)).abs().mean() < .03*out.float().std()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in model.parameters())
 
 
@@ -208,7 +209,7 @@ def test_one_graph_and_no_break_even_between_processes():
     torch.distributed.init_process_group('fake', store=FakeStore(), rank=0, world_size=2)
     try:
         torch._dynamo.reset()
-        seen = torch._dynamo.explain(build(depth=2).train())(draw(2, 6, 8), torch.rand(2), draw(2, 5, 24))
+        seen = torch._dynamo.explain(build(depth=2).train())(draw(2, 6, 8), draw(2).sigmoid(), draw(2, 5, 24))
         assert (seen.graph_count, seen.graph_break_count) == (1, 0), [str(b.reason) for b in seen.break_reasons]
         assert sum('all_reduce' in str(n.target) for g in seen.graphs for n in g.graph.nodes) == 2 # one per layer with experts
     finally:
@@ -219,7 +220,7 @@ def test_one_graph_and_no_break_even_between_processes():
 @pytest.mark.parametrize('tokens, train', [(1, True), (5, False)])
 def test_compiled_equals_plain(tokens, train):
     "Training with a condition of one token; sampling with a cached condition."
-    model, x, t, context, graphs = build(depth=2).train(train), draw(2, 6, 8), torch.rand(2), draw(2, tokens, 24), []
+    model, x, t, context, graphs = build(depth=2).train(train), draw(2, 6, 8), draw(2).sigmoid(), draw(2, tokens, 24), []
     torch._dynamo.reset()
     with torch.set_grad_enabled(train):
         if not train: context = model.cache_context(context)
