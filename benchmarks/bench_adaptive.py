@@ -11,16 +11,18 @@ Prints tables and appends one JSON line to benchmarks/results.jsonl."""
 import os
 for name in ('OPENBLAS_NUM_THREADS', 'OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'IGL_NUM_THREADS'): os.environ.setdefault(name, '1')
 
-import argparse, json, sys, time
+import argparse, sys, time
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 
-from memkit.core import progress, provenance
+from memkit.core import progress
 from memkit.mesh import find_meshes, load_mesh, mesh_health, normalize_mesh
 from memkit.sdf import Grid, empty_grid, MeshField, mixed_signs, over_corners, sample_adaptive
 from memkit.shapes import shape_set
+
+from record import RESULTS, add_line
 
 N, BOUND = 256, 1.01
 DENSE = (N + 1)**3
@@ -111,7 +113,7 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--meshes', type=Path, default=Path(os.environ.get('MEMKIT_REAL_MESHES') or Path(__file__).resolve().parents[2]/'shared'/'real'))
     ap.add_argument('--all', action='store_true', help='every real mesh, not one of each class')
-    ap.add_argument('--out', type=Path, default=Path(__file__).with_name('results.jsonl'))
+    ap.add_argument('--out', type=Path, default=RESULTS)
     args = ap.parse_args()
     began, asked, gaps = time.process_time(), {'built-in': [], 'real': []}, {}
     for k, shape in enumerate(progress(shape_set(64, 3), 'built-in', unit='shape')):
@@ -141,9 +143,8 @@ def main():
         print('median of all:', table['together'])
     for name, (gap, cells) in gaps.items(): print(f'{name}: {gap} of {cells} surface cells missed at L = 1.5')
     rows = inexact('teapot', shape_set(16, 3)[7].sdf)
-    record = provenance(benchmark='adaptive', resolution=N, every_mesh=args.all, questions=table, missed={n: dict(missed=m, cells=c) for n, (m, c) in gaps.items()}, inexact=rows,
-                        cpu_seconds=round(time.process_time() - began))
-    with open(args.out, 'a') as f: f.write(json.dumps(record, ensure_ascii=False) + '\n')
+    add_line(args.out, 'adaptive', resolution=N, every_mesh=args.all, questions=table, missed={n: dict(missed=m, cells=c) for n, (m, c) in gaps.items()}, inexact=rows,
+             cpu_seconds=round(time.process_time() - began))
 
 
 if __name__ == '__main__': main()

@@ -9,16 +9,18 @@ import os
 for name in ('OPENBLAS_NUM_THREADS', 'OMP_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ.setdefault(name, '1')   # before numpy and torch: waiting threads count as CPU time
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
-import argparse, json, tempfile, time
+import argparse, tempfile, time
 from pathlib import Path
 
 import numpy as np
 
-from memkit.core import make_rng, provenance
+from memkit.core import make_rng
 from memkit.language import Prompt
 from memkit.local_models import LocalModel
 from memkit.shapes import shape_set
 from memkit.tiny_models import tiny_text_model
+
+from record import RESULTS, add_line
 
 
 def prompts_of(n):
@@ -33,7 +35,7 @@ def main():
     p.add_argument('--batch', type=int, default=32)
     p.add_argument('--tokens', type=int, default=24)
     p.add_argument('--repeat', type=int, default=3)
-    p.add_argument('--out', type=Path, default=Path(__file__).with_name('results.jsonl'))
+    p.add_argument('--out', type=Path, default=RESULTS)
     o = p.parse_args()
     prompts, jobs = prompts_of(o.rows), {}
     with tempfile.TemporaryDirectory() as folder:
@@ -60,8 +62,7 @@ def main():
         print(f'{task:9s} {name:14s} {best[0]:7.2f} s wall {best[1]:7.2f} s CPU {best[2]["rows_per_s"]:9.1f} rows/s {best[2]["tokens_per_s"]:9.0f} tokens/s')
     for task in ('generate', 'embed'): ratios[task] = round(float(np.median([a[1]/b[1] for a, b in zip(clocks[alone, task], clocks[together, task])])), 1)
     print('; '.join(f'{task}: {r} times as fast' for task, r in ratios.items()))
-    record = provenance(benchmark='captions', rows=o.rows, batch=o.batch, new_tokens=o.tokens, repeat=o.repeat, load=os.getloadavg()[0] if hasattr(os, 'getloadavg') else None, measured=rows, cpu_ratio=ratios)
-    with open(o.out, 'a', encoding='utf-8') as f: f.write(json.dumps(record) + '\n')
+    add_line(o.out, 'captions', rows=o.rows, batch=o.batch, new_tokens=o.tokens, repeat=o.repeat, measured=rows, cpu_ratio=ratios)
 
 
 if __name__ == '__main__': main()

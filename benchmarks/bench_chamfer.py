@@ -9,17 +9,19 @@ Prints a table and appends one JSON line to benchmarks/results.jsonl."""
 import os
 for name in ('OPENBLAS_NUM_THREADS', 'OMP_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ.setdefault(name, '1')   # before numpy: waiting threads count as CPU time
 
-import argparse, json, time
+import argparse, time
 from pathlib import Path
 
 import numpy as np
 from scipy.spatial import cKDTree
 
-from memkit.core import progress, provenance
+from memkit.core import progress
 from memkit.mesh import normalize_mesh
 from memkit.points import sample_surface
 from memkit.pointsets import chamfer_distance
 from memkit.shapes import shape_set
+
+from record import RESULTS, add_line
 
 
 def tree_loop(A, B):
@@ -40,7 +42,7 @@ def main():
     ap.add_argument('--points', type=int, default=2048)
     ap.add_argument('--pairs', type=int, default=1000, help='pairs of the tree loop per round')
     ap.add_argument('--repeat', type=int, default=3)
-    ap.add_argument('--out', type=Path, default=Path(__file__).with_name('results.jsonl'))
+    ap.add_argument('--out', type=Path, default=RESULTS)
     args = ap.parse_args()
     meshes = [s.mesh(24) for s in progress(shape_set(2*args.shapes, seed=0), 'meshing', unit='mesh')]
     P = np.stack([sample_surface(normalize_mesh(V, F, 'unit_sphere'), F, args.points, seed=i)[0] for i, (V, F) in enumerate(meshes)]).astype(np.float64)
@@ -60,9 +62,8 @@ def main():
     ratio = float(np.median([row[3]/row[1] for row in rounds]))
     print(f'{args.shapes} × {args.shapes} shapes, {args.points} points; ms per pair, CPU (wall), median of {args.repeat}')
     print(f'memkit chamfer_distance  {c:7.3f} ({w:.3f})   all {n} pairs in {whole["cpu"]} s CPU, {whole["wall"]} s wall\ncKDTree loop             {ct:7.3f} ({wt:.3f})   {ratio:.2f} × memkit')
-    record = provenance(benchmark='chamfer', shapes=args.shapes, points=args.points, tree_pairs=rows*args.shapes, repeat=args.repeat, threads=1, load=os.getloadavg()[0] if hasattr(os, 'getloadavg') else None,
-        all_pairs_seconds=whole, ms_per_pair={'memkit': dict(cpu=round(c, 4), wall=round(w, 4)), 'cKDTree loop': dict(cpu=round(ct, 4), wall=round(wt, 4))}, cpu_ratio=round(ratio, 2), largest_difference=worst)
-    with open(args.out, 'a') as f: f.write(json.dumps(record) + '\n')
+    add_line(args.out, 'chamfer', shapes=args.shapes, points=args.points, tree_pairs=rows*args.shapes, repeat=args.repeat, threads=1,
+             all_pairs_seconds=whole, ms_per_pair={'memkit': dict(cpu=round(c, 4), wall=round(w, 4)), 'cKDTree loop': dict(cpu=round(ct, 4), wall=round(wt, 4))}, cpu_ratio=round(ratio, 2), largest_difference=worst)
 
 
 if __name__ == '__main__': main()

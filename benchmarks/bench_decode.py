@@ -10,17 +10,19 @@ Prints a table and appends one JSON line to benchmarks/results.jsonl. About 4 CP
 import os
 for name in ('OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ.setdefault(name, '1')
 
-import argparse, json, time
+import argparse, time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from memkit.core import make_rng, provenance
+from memkit.core import make_rng
 from memkit.prepare import shape_samples
 from memkit.sdf import empty_grid, mixed_signs, sample_adaptive, sdf_to_mesh
 from memkit.shapes import sample_shape
 from memkit.vecset import VECSET_SIZES, VecSet, vecset_loss
+
+from record import RESULTS, add_line
 
 CHUNK = 50_000   # of the paper's code
 
@@ -87,7 +89,7 @@ def main():
     ap.add_argument('--grid', type=int, default=64, help='cells along each axis')
     ap.add_argument('--steps', type=int, default=400, help='of training the tiny network')
     ap.add_argument('--threads', type=int, default=1)
-    ap.add_argument('--out', type=Path, default=Path(__file__).with_name('results.jsonl'))
+    ap.add_argument('--out', type=Path, default=RESULTS)
     args = ap.parse_args()
     torch.set_num_threads(args.threads)
     load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else None
@@ -97,7 +99,7 @@ def main():
     print(f'  ratio: wall {full["ratio"]["wall"]}, CPU {full["ratio"]["cpu"]}; identical values: {full["identical"]}; in other chunks {full["largest_difference_other_chunk"]:.1e} of {full["largest_value"]:.2f}')
     for mode in ('dense', 'adaptive'): print(f'tiny at {tiny["resolution"]}, {mode:9s} {tiny[mode]["queries"]:10,} queries   CPU {tiny[mode]["cpu"]:6.2f} s   {tiny[mode]["faces"]:,} faces')
     print(f'  {tiny["query_ratio"]} times fewer queries, {tiny["missed"]} of {tiny["cells"]} cells missed')
-    with open(args.out, 'a') as f: f.write(json.dumps(dict(provenance(), bench='decode', threads=args.threads, load=load, full=full, tiny=tiny)) + '\n')
+    add_line(args.out, 'decode', threads=args.threads, load=load, full=full, tiny=tiny)
 
 
 if __name__ == '__main__': main()

@@ -12,7 +12,7 @@ and of the floor at 790 TF/s. Where 64 samples do not fit, they are split into m
 
 usage: bench_dit.py [--device cpu|cuda] [--rounds 5] [--threads 1] [--bf16] [--peak TFLOPS] [--out FILE]
 Prints a table and appends one JSON line to benchmarks/results.jsonl."""
-import argparse, json, os, time
+import argparse, os, time
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -22,11 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from memkit.core import provenance
 from memkit.dit import DIT_SIZES, CrossAttention, DiT
 from memkit import experts
 from memkit.experts import MoE
 from memkit.flow import draw_noise, flow_loss, guide
+
+from record import RESULTS, add_line
 
 PEAKS = {'H100': 989, 'H200': 989, 'A100': 312, 'L40': 181, '4090': 165} # dense bfloat16, TF/s
 
@@ -204,15 +205,14 @@ def main():
     p.add_argument('--threads', type=int, default=1)
     p.add_argument('--bf16', action='store_true')
     p.add_argument('--peak', type=float, help='dense bfloat16 peak of the GPU in TF/s, where it is not known')
-    p.add_argument('--out', type=Path, default=Path(__file__).with_name('results.jsonl'))
+    p.add_argument('--out', type=Path, default=RESULTS)
     o = p.parse_args()
     torch.set_num_threads(o.threads)
     if o.device == 'cuda' and not torch.cuda.is_available(): raise SystemExit('no CUDA device here')
     counted = operations()
     for k, v in counted.items(): print(f'{k:10s} {v/1025e6:8.1f} MF per token, {v/1e9:8.1f} GF per sample')
-    record = provenance(benchmark='dit', load=os.getloadavg()[0], forward_mflop_per_token={k: round(v/1025e6, 1) for k, v in counted.items()},
-                        forward_gflop_per_sample={k: round(v/1e9, 1) for k, v in counted.items()}, **(on_gpu(o) if o.device == 'cuda' else on_cpu(o)))
-    with open(o.out, 'a', encoding='utf-8') as f: f.write(json.dumps(record) + '\n')
+    add_line(o.out, 'dit', forward_mflop_per_token={k: round(v/1025e6, 1) for k, v in counted.items()},
+             forward_gflop_per_sample={k: round(v/1e9, 1) for k, v in counted.items()}, **(on_gpu(o) if o.device == 'cuda' else on_cpu(o)))
 
 
 if __name__ == '__main__':

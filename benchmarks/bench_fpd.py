@@ -5,7 +5,6 @@ The ratios are of CPU time, median over rounds in which all take turns; set OPEN
 usage: bench_fpd.py [--n 10000] [--d 1024] [--repeat 3] [--out FILE]
 Prints a table and appends one JSON line to benchmarks/results.jsonl."""
 import argparse
-import json
 import os
 import time
 from pathlib import Path
@@ -13,8 +12,10 @@ from pathlib import Path
 import numpy as np
 from scipy.linalg import sqrtm
 
-from memkit.core import make_rng, provenance
+from memkit.core import make_rng
 from memkit.fpd import frechet, frechet_distance, moments
+
+from record import RESULTS, add_line
 
 
 def features(n, d, seed):
@@ -61,7 +62,7 @@ def main():
     p.add_argument('--n', type=int, default=10_000)
     p.add_argument('--d', type=int, default=1024)
     p.add_argument('--repeat', type=int, default=3)
-    p.add_argument('--out', type=Path, default=Path(__file__).with_name('results.jsonl'))
+    p.add_argument('--out', type=Path, default=RESULTS)
     o = p.parse_args()
     x, y = features(o.n, o.d, 0), features(o.n, o.d, 1)
     usual, states = [gaussian(v) for v in (x, y)], [moments(v) for v in (x, y)]
@@ -76,9 +77,8 @@ def main():
     exact = frechet(*states)
     for k, v in seconds.items(): print(f"{k:34s} {v['wall']:8.3f} s wall {v['cpu']:8.3f} s CPU   {values[k]:.12f}")
     print(f'route {exact.route}, exact to {exact.bound:.1e};  CPU time: ' + ';  '.join(f'{k} = {v}' for k, v in ratios.items()))
-    record = provenance(benchmark='fpd', n=o.n, d=o.d, repeat=o.repeat, threads=os.environ.get('OPENBLAS_NUM_THREADS', 'default'), load=os.getloadavg()[0],
-                        seconds=seconds, cpu_ratios=ratios, values=values, route=exact.route, bound=exact.bound)
-    with open(o.out, 'a', encoding='utf-8') as f: f.write(json.dumps(record) + '\n')
+    add_line(o.out, 'fpd', n=o.n, d=o.d, repeat=o.repeat, threads=os.environ.get('OPENBLAS_NUM_THREADS', 'default'),
+             seconds=seconds, cpu_ratios=ratios, values=values, route=exact.route, bound=exact.bound)
 
 
 if __name__ == '__main__':

@@ -2,16 +2,17 @@
 
 usage: bench_lfd_batch.py [--device cuda] [--faces 10000 200000] [--meshes 64] [--out FILE]
 The meshes are built-in shapes, remeshed until they have about that many triangles. Prints a table and appends one JSON line to benchmarks/results.jsonl."""
-import argparse, json, time
+import argparse, time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from memkit.core import provenance
 from memkit.lfd import lfd_descriptor
 from memkit.lfd_batch import art_views, draw_silhouettes, lfd_descriptors, measure_views
 from memkit.shapes import shape_set
+
+from record import RESULTS, add_line
 
 
 def meshes(n, faces):
@@ -32,7 +33,7 @@ def main():
     ap.add_argument('--device', default='cuda')
     ap.add_argument('--faces', type=int, nargs='+', default=[10_000, 200_000])
     ap.add_argument('--meshes', type=int, default=64)
-    ap.add_argument('--out', type=Path, default=Path(__file__).with_name('results.jsonl'))
+    ap.add_argument('--out', type=Path, default=RESULTS)
     args = ap.parse_args()
     wait, rows = (torch.cuda.synchronize if args.device.startswith('cuda') else lambda: None), []
     for faces in args.faces:
@@ -51,7 +52,7 @@ def main():
                          bytes_that_differ=differ, seconds_a_mesh={k: round(s, 5) for k, s in spent.items()}))
         print(rows[-1])
     name = torch.cuda.get_device_name(args.device) if args.device.startswith('cuda') else args.device
-    with open(args.out, 'a') as f: f.write(json.dumps(provenance(benchmark='lfd_batch', device=name, meshes=args.meshes, rows=rows)) + '\n')
+    add_line(args.out, 'lfd_batch', device=name, meshes=args.meshes, rows=rows)
 
 
 if __name__ == '__main__': main()

@@ -9,7 +9,6 @@ import os
 for name in ('OPENBLAS_NUM_THREADS', 'OMP_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ.setdefault(name, '1')   # before numpy: waiting threads count as CPU time
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -18,10 +17,12 @@ import trimesh
 from skimage.measure import marching_cubes
 
 from memkit.contour import contour
-from memkit.core import make_rng, provenance
+from memkit.core import make_rng
 from memkit.lfd import describe_views, lfd_descriptor
 from memkit.region import art_coefficients, view_shapes
 from memkit.render import render_silhouettes
+
+from record import RESULTS, add_line
 
 REFERENCE = {'blob 1k': .37, 'blob 10k': .77, 'blob 50k': 2.67, 'blob 200k': 6.2, 'scatter': 3.1, 'hedgehog': 1.2}   # CPU seconds
 MACHINE = '2 vCPU AMD EPYC, Debian 12, gcc 12.2 -O2, Mesa 22.3.6 llvmpipe'
@@ -93,7 +94,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--repeat', type=int, default=5)
     p.add_argument('--only', nargs='*', choices=meshes, default=list(meshes))
-    p.add_argument('--out', type=Path, default=Path(__file__).with_name('results.jsonl'))
+    p.add_argument('--out', type=Path, default=RESULTS)
     o = p.parse_args()
     rows = {}
     print(f'{"mesh":10s} {"faces":>8s} {"descriptor":>11s} {"render":>8s} {"region":>8s} {"contour":>8s} {"joined":>7s} {"reference":>10s} {"ratio":>6s}   (CPU seconds, one core)')
@@ -109,9 +110,7 @@ def main():
                           views_joined=int(np.count_nonzero(levels)), empty=describe_views(masks)[1], reference=REFERENCE[name], ratio=round(REFERENCE[name]/total, 1))
         r = rows[name]
         print(f'{name:10s} {len(F):8d} {total:11.3f} {render:8.3f} {region:8.3f} {outline:8.3f} {r["views_joined"]:7d} {REFERENCE[name]:10.2f} {r["ratio"]:5.1f}x')
-    record = provenance(benchmark='lfd_descriptor', command=f'bench_lfd_descriptor.py --repeat {o.repeat} --only {" ".join(map(repr, o.only))}', repeat=o.repeat,
-                        threads=os.environ['OPENBLAS_NUM_THREADS'], load=os.getloadavg()[0], cpu_seconds=rows, reference_machine=MACHINE)
-    with open(o.out, 'a', encoding='utf-8') as f: f.write(json.dumps(record) + '\n')
+    add_line(o.out, 'lfd_descriptor', repeat=o.repeat, threads=os.environ['OPENBLAS_NUM_THREADS'], cpu_seconds=rows, reference_machine=MACHINE)
 
 
 if __name__ == '__main__':

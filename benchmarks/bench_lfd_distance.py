@@ -9,14 +9,16 @@ Describing the shapes takes minutes the first time; the descriptors are kept in 
 import os
 for name in ('OPENBLAS_NUM_THREADS', 'OMP_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ.setdefault(name, '1')   # before numpy: waiting threads count as CPU time
 
-import argparse, json, time
+import argparse, time
 from pathlib import Path
 
 import numpy as np
 
-from memkit.core import atomic_path, cache_home, progress, provenance
+from memkit.core import atomic_path, cache_home, progress
 from memkit.lfd import lfd_alignments, lfd_descriptor, lfd_distance, simd_kind
 from memkit.retrieval import nearest
+
+from record import RESULTS, add_line
 
 
 def described(n):
@@ -61,7 +63,7 @@ def main():
     ap.add_argument('--queries', type=int, default=100)
     ap.add_argument('--repeat', type=int, default=5)
     ap.add_argument('--cached', help='a .npy of descriptors (n,10,10,47) instead of the built-in shapes; the last --queries of them are the queries')
-    ap.add_argument('--out', type=Path, default=Path(__file__).with_name('results.jsonl'))
+    ap.add_argument('--out', type=Path, default=RESULTS)
     args = ap.parse_args()
     d = np.load(args.cached) if args.cached else described(args.shapes + args.queries)
     G, Q = d[:-args.queries], d[-args.queries:]
@@ -92,10 +94,9 @@ def main():
     print(f'{len(Q)} queries, {len(G)} shapes ({args.cached or "memkit.shapes"}); pairs per CPU second, one core, best of {args.repeat} (median)')
     for name, s in speed.items(): print(f'{name:20s} {max(s):12,.0f} ({np.median(s):,.0f})   {max(s)/base:8.1f} × torch')
     for k, stats in saved.items(): print(f'k={k}: {stats}')
-    record = provenance(benchmark='lfd_distance', source='file' if args.cached else 'memkit.shapes', shapes=len(G), queries=len(Q), repeat=args.repeat, threads=1,
+    add_line(args.out, 'lfd_distance', source='file' if args.cached else 'memkit.shapes', shapes=len(G), queries=len(Q), repeat=args.repeat, threads=1,
         pairs_per_cpu_s={n: dict(best=round(max(s)), median=round(float(np.median(s)))) for n, s in speed.items()},
         ratio_to_torch={n: round(max(s)/base, 1) for n, s in speed.items()} if paper else None, search={f'k={k}': vars(s) for k, s in saved.items()})
-    with open(args.out, 'a') as f: f.write(json.dumps(record) + '\n')
 
 
 if __name__ == '__main__': main()

@@ -9,16 +9,18 @@ Prints a table and appends one JSON line to benchmarks/results.jsonl."""
 import os
 for name in ('OPENBLAS_NUM_THREADS', 'OMP_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ.setdefault(name, '1')   # before numpy: waiting threads count as CPU time
 
-import argparse, json, sys, tempfile, time
+import argparse, sys, tempfile, time
 from pathlib import Path
 
 import numpy as np
 
-from memkit.core import make_rng, progress, provenance
+from memkit.core import make_rng, progress
 from memkit.lfd import lfd_descriptor
 from memkit.mesh import find_meshes, load_mesh, save_mesh
 from memkit.pose import nearest_pose
 from memkit.retrieval import nearest
+
+from record import RESULTS, add_line
 
 
 def random_rotation(rng):
@@ -47,7 +49,7 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--meshes', type=Path, default=Path(os.environ.get('MEMKIT_REAL_MESHES') or Path(__file__).resolve().parents[2]/'shared'/'real'))
     ap.add_argument('--quick', action='store_true', help='the default setting only')
-    ap.add_argument('--out', type=Path, default=Path(__file__).with_name('results.jsonl'))
+    ap.add_argument('--out', type=Path, default=RESULTS)
     args = ap.parse_args()
     if not any(args.meshes.glob('*.off')): return print(f'bench_pose: skipped, no real meshes in {args.meshes.name}/; set MEMKIT_REAL_MESHES to a folder of OFF files', file=sys.stderr)
     with tempfile.TemporaryDirectory() as tmp:
@@ -70,8 +72,7 @@ def main():
                   f'{rows[-1]["zero"]} of {len(posed["turned"])} copies at 0; {np.mean(list(spent.values())):.2f} CPU s per query', flush=True)
     base = dict(auc={n: round(auc(plain[n], plain['test']), 4) for n in queries[:2]}, median={n: float(np.median(x)) for n, x in plain.items()})
     print(f'plain: {base}')
-    record = provenance(benchmark='pose', train=len(sets['train']), test=len(sets['test']), load=os.getloadavg()[0] if hasattr(os, 'getloadavg') else None, plain=base, posed=rows)
-    with open(args.out, 'a') as f: f.write(json.dumps(record) + '\n')
+    add_line(args.out, 'pose', train=len(sets['train']), test=len(sets['test']), plain=base, posed=rows)
 
 
 if __name__ == '__main__': main()

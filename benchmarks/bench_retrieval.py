@@ -6,16 +6,17 @@ on the same GPU, and with the floor of two float operations a term.
 
 usage: bench_retrieval.py [--sizes 1000 10000 51200] [--queries 10000] [--device auto] [--jobs N] [--max-gb 1] [--out FILE]
 Prints a table and appends one JSON line to benchmarks/results.jsonl. `make gpu-bench` runs it on a GPU."""
-import argparse, json, resource, time
+import argparse, resource, time
 from pathlib import Path
 
 import numpy as np
 
-from memkit.core import make_rng, provenance
+from memkit.core import make_rng
 from memkit.lfd import lfd_distance
 from memkit.retrieval import nearest, search_device
 
 from bench_lfd_distance import described, torch_distance
+from record import RESULTS, add_line
 
 TERMS = 2*47*10**4 # float operations of one distance, subtraction and addition
 
@@ -59,7 +60,7 @@ def main():
     ap.add_argument('--device', default='auto')
     ap.add_argument('--jobs', type=int, default=1)
     ap.add_argument('--max-gb', type=float, default=1.)
-    ap.add_argument('--out', type=Path, default=Path(__file__).with_name('results.jsonl'))
+    ap.add_argument('--out', type=Path, default=RESULTS)
     args = ap.parse_args()
     base, device = described(860), search_device(args.device)
     Q, G = variations(base, args.queries, 1), variations(base, max(args.sizes), 0)
@@ -74,7 +75,7 @@ def main():
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1e6
         rows.append(dict(gallery=n, wall_s=round(wall, 2), cpu_s=round(cpu, 2), pairs_per_cpu_s=round(pairs/cpu), pairs_per_s=round(pairs/wall), exact_share=stats.exact/pairs, median_d=float(np.median(D)), peak_gb=round(peak, 2)))
         print(f'{n:7,} shapes: {wall:8.1f} s wall {cpu:8.1f} s CPU  {pairs/cpu:12,.0f} pairs per CPU s  exact {stats.exact/pairs:.2%}  median distance {np.median(D):,.0f}  peak {peak:.2f} GB')
-    with open(args.out, 'a') as f: f.write(json.dumps(provenance(benchmark='retrieval', queries=len(Q), jobs=args.jobs, device=device or 'cpu', max_gb=args.max_gb, rows=rows, **extra)) + '\n')
+    add_line(args.out, 'retrieval', queries=len(Q), jobs=args.jobs, device=device or 'cpu', max_gb=args.max_gb, rows=rows, **extra)
 
 
 if __name__ == '__main__': main()

@@ -9,7 +9,6 @@ A processor without bf16 instructions (AVX-512 BF16, AMX) emulates them, ten to 
 Prints a table and appends one JSON line to benchmarks/results.jsonl."""
 import argparse
 import itertools
-import json
 import os
 import tempfile
 import time
@@ -21,12 +20,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from memkit.core import provenance
 from memkit.denoiser import Denoiser, denoiser_loss
 from memkit.dit import DiT
 from memkit.flow import draw_path
 from memkit.runs import TrainConfig
 from memkit.train import Trainer
+
+from record import RESULTS, add_line
 
 
 class Attention(nn.Module):
@@ -155,7 +155,7 @@ def memkit_steps(dit, batch, bf16, folder):
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, value in dict(hidden=256, depth=6, heads=4, tokens=256, batch=8, context=77, repeat=5, repeat_bf16=5, threads=2).items(): p.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    p.add_argument('--out', type=Path, default=Path(__file__).with_name('results.jsonl'))
+    p.add_argument('--out', type=Path, default=RESULTS)
     o = p.parse_args()
     torch.set_num_threads(o.threads)
     torch.manual_seed(0)
@@ -199,9 +199,8 @@ def main():
     for k, v in seconds.items(): print(f"{k:12s} {v['best_wall']:7.3f} s wall (median {v['median_wall']:.3f}) {v['best_cpu']:7.3f} s CPU   {v['steps_per_s']:.2f} steps/s   {v['gflop_per_s']:.0f} GFLOP/s")
     for k, v in ratio.items(): print(f"plain / memkit {k}: wall {v['wall'][0]} ({v['wall'][1]} to {v['wall'][2]}), CPU {v['cpu'][0]} ({v['cpu'][1]} to {v['cpu'][2]})")
     flags = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
-    record = provenance(benchmark='train_step', bf16_instructions='avx512_bf16' in flags or 'amx_bf16' in flags, hidden=o.hidden, depth=o.depth, tokens=o.tokens, batch=o.batch, context=o.context, repeat=o.repeat, threads=o.threads,
-                        load=os.getloadavg()[0], gflop_per_step=round(flops/1e9, 1), seconds=seconds, ratios_median_quartiles=ratio)
-    with open(o.out, 'a', encoding='utf-8') as f: f.write(json.dumps(record) + '\n')
+    add_line(o.out, 'train_step', bf16_instructions='avx512_bf16' in flags or 'amx_bf16' in flags, hidden=o.hidden, depth=o.depth, tokens=o.tokens, batch=o.batch, context=o.context, repeat=o.repeat, threads=o.threads,
+             gflop_per_step=round(flops/1e9, 1), seconds=seconds, ratios_median_quartiles=ratio)
 
 
 if __name__ == '__main__':

@@ -6,7 +6,6 @@ the released formula gives Z_U alone. Each value is checked against it before an
 usage: bench_zu.py [--n 100000] [--cells 20] [--repeat 15] [--out FILE]
 Prints a table and appends one JSON line to benchmarks/results.jsonl."""
 import argparse
-import json
 import os
 import time
 from pathlib import Path
@@ -15,8 +14,10 @@ import numpy as np
 from scipy.stats import mannwhitneyu
 
 from memkit.cells import c_t
-from memkit.core import make_rng, provenance
+from memkit.core import make_rng
 from memkit.zu import verdict, z_u, zu_report
+
+from record import RESULTS, add_line
 
 
 def released(d_gen, d_test):
@@ -48,7 +49,7 @@ def main():
     p.add_argument('--n', type=int, default=100_000)
     p.add_argument('--cells', type=int, default=20)
     p.add_argument('--repeat', type=int, default=15)
-    p.add_argument('--out', type=Path, default=Path(__file__).with_name('results.jsonl'))
+    p.add_argument('--out', type=Path, default=RESULTS)
     o = p.parse_args()
     rng = make_rng(0, 'bench-zu')
     gen, test = rng.gamma(4, 0.99, o.n), rng.gamma(4, 1, o.n)
@@ -64,8 +65,7 @@ def main():
     print(f'n = m = {o.n}, {o.cells} cells, {o.repeat} rounds, load {os.getloadavg()[0]:.1f}')
     for k, v in seconds.items(): print(f"{k:14s} {1e3*v['wall']:8.1f} ms wall (median {1e3*v['median_wall']:.1f}) {1e3*v['cpu']:8.1f} ms CPU")
     for k, v in ratios.items(): print(f"{k:24s} wall {v['wall'][0]} ({v['wall'][1]} to {v['wall'][2]})   CPU {v['cpu'][0]} ({v['cpu'][1]} to {v['cpu'][2]})")
-    record = provenance(benchmark='zu', n=o.n, cells=o.cells, repeat=o.repeat, load=os.getloadavg()[0], seconds=seconds, ratios_median_quartiles=ratios, z_u=report.z_u, c_t=cells.c_t)
-    with open(o.out, 'a', encoding='utf-8') as f: f.write(json.dumps(record) + '\n')
+    add_line(o.out, 'zu', n=o.n, cells=o.cells, repeat=o.repeat, seconds=seconds, ratios_median_quartiles=ratios, z_u=report.z_u, c_t=cells.c_t)
 
 
 if __name__ == '__main__':

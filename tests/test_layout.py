@@ -115,3 +115,10 @@ def test_readme_is_made_from_the_index(tmp_path):
 def test_the_map_of_the_house_is_true():
     drawn = set(re.findall(r'(?m)^[│ ]*├── (\d\d_\w+)', (ROOT/'CONTRIBUTING.md').read_text()))
     assert drawn == {p.stem for p in LIBRARY}
+
+
+def test_every_measurement_names_its_benchmark_and_its_machine():
+    scripts = {p.stem.removeprefix('bench_') for p in (ROOT/'benchmarks').glob('bench_*.py')}
+    for line in (ROOT/'benchmarks'/'results.jsonl').read_text(encoding='utf-8').splitlines():
+        record = json.loads(line)
+        assert record['benchmark'] in scripts and record['cpu'] and record['date'] and record['commit'], line[:300]
