@@ -9,7 +9,7 @@ NBS = ROOT/'nbs'
 LIBRARY = sorted(NBS.glob('[0-9][0-9]_*.ipynb'))
 PAPER = sorted((NBS/'paper').glob('*.ipynb'))
 TUTORIALS = sorted((NBS/'tutorials').glob('*.ipynb'))
-ALL = [*LIBRARY, NBS/'index.ipynb', *PAPER, *TUTORIALS]
+ALL = [*LIBRARY, NBS/'index.ipynb', NBS/'benchmarks.ipynb', *PAPER, *TUTORIALS]
 RANK = {p.stem[3:]: int(p.stem[:2]) for p in LIBRARY}
 name_of = lambda p: p.stem
 
@@ -122,3 +122,8 @@ def test_every_measurement_names_its_benchmark_and_its_machine():
     for line in (ROOT/'benchmarks'/'results.jsonl').read_text(encoding='utf-8').splitlines():
         record = json.loads(line)
         assert record['benchmark'] in scripts and record['cpu'] and record['date'] and record['commit'], line[:300]
+
+
+def test_what_the_readme_links_to_exists():
+    links = re.findall(r'\]\((?!\w+:|#)([^)#]+)', (ROOT/'README.md').read_text(encoding='utf-8'))
+    assert len(links) > 20 and not [l for l in links if not (ROOT/l).exists()]
