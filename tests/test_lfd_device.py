@@ -71,23 +71,44 @@ def test_nearest_takes_the_device(monkeypatch):
 
 
 INTERPRETED = '''
+import sys
 import numpy as np, torch
 from memkit.lfd import lfd_distance
 from memkit.lfd_device import *
-rng = np.random.default_rng(0)
-a, b = rng.integers(0, 256, (2, 10, 10, 47), dtype=np.uint8), rng.integers(0, 256, (3, 10, 10, 47), dtype=np.uint8)
-A, B = device_tables(a), device_tables(b)
-q, g = (torch.from_numpy(x.ravel()) for x in np.meshgrid(np.arange(2), np.arange(3), indexing='ij'))
+
+def compare(a, b):
+    "All pairs of a and b: distance and both bounds; returns how many."
+    A, B = device_tables(a), device_tables(b)
+    q, g = (torch.from_numpy(x.ravel()) for x in np.meshgrid(np.arange(len(a)), np.arange(len(b)), indexing='ij'))
+    expected = lfd_distance(a, b).ravel()
+    found = distance_pairs(A, B, q, g, 'triton').numpy()
+    assert (found == expected).all(), (found, expected)
+    for which in ('sums', 'ranked'):
+        bound = bound_pairs(A, B, q, g, which, 'triton')
+        assert (bound == bound_pairs(A, B, q, g, which, 'torch')).all() and (bound.numpy() <= expected).all()
+    return len(q)
+
 assert kernel_for('cpu') == 'triton'
-assert (distance_pairs(A, B, q, g, 'triton').numpy() == lfd_distance(a, b).ravel()).all()
-for which in ('sums', 'ranked'): assert (bound_pairs(A, B, q, g, which, 'triton') == bound_pairs(A, B, q, g, which, 'torch')).all()
-I, D, _ = device_search(a, b, 2, lambda rows, columns: None, 'cpu')
-assert (D == np.sort(lfd_distance(a, b), 1)[:, :2]).all()
-print('same integers')
+rng, size = np.random.default_rng(0), (10, 10, 47)
+random = rng.integers(0, 256, (3, *size), dtype=np.uint8)
+ends = rng.choice(np.uint8([0, 255]), size)                     # nothing but the smallest and the largest code
+flat = np.broadcast_to(rng.integers(0, 256, 47, dtype=np.uint8), size)   # all views alike: every alignment ties
+near = random[0].copy(); near[3, 7, [0, 35, 46]] += 1             # one step in a light, a heavy and the last code
+edge = np.stack([np.zeros(size), np.full(size, 255), ends, 255 - ends, flat, near, *random[:2]]).astype(np.uint8)
+pairs = compare(edge, edge[[1, 2, 4, 5, 6]]) + compare(random[2:], edge[1:])   # the last: a number that the programs cannot share evenly
+z = np.load(sys.argv[1])
+golden = z['descriptors'][:4]
+assert (lfd_distance(golden, golden) == z['distance'][:4, :4]).all()
+pairs += compare(golden, golden[1:])
+few = edge[[4, 6]]
+I, D, _ = device_search(few, edge, 2, lambda rows, columns: None, "cpu")
+order = np.argsort(lfd_distance(few, edge), 1, kind="stable")[:, :2]   # of equal ones the first
+assert (I == order).all() and (D == np.take_along_axis(lfd_distance(few, edge), order, 1)).all()
+print('same integers on', pairs, 'pairs')
 '''
 
 
 @pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='no Triton; pip install "memkit[gpu]" on Linux')
-def test_the_triton_kernels_through_the_interpreter():
-    done = subprocess.run([sys.executable, '-c', INTERPRETED], env=os.environ | dict(TRITON_INTERPRET='1', PYTHONPATH=os.pathsep.join(sys.path)), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and 'same integers' in done.stdout, done.stderr[-2000:]
+def test_the_triton_kernels_through_the_interpreter(data):
+    done = subprocess.run([sys.executable, '-c', INTERPRETED, str(data/'lfd_distance.npz')], env=os.environ | dict(TRITON_INTERPRET='1', PYTHONPATH=os.pathsep.join(sys.path)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and 'same integers on 59 pairs' in done.stdout, done.stderr[-2000:]
