@@ -138,10 +138,10 @@ def new_vecset(
         vecset = VecSet(**config)
     return vecset.train() if start is None else smooth_start(vecset.train(), **start)
 
-# %% ../nbs/52_autoencoder.ipynb #442ae4bf
+# %% ../nbs/52_autoencoder.ipynb #c2a57b36
 RECIPES = {
-    'tiny': dict(size='tiny', data=dict(n_points=256, n_vol=64, n_near=128), loss=dict(surface=0., eikonal=0., contrast=1.), start=dict(gain=2., decay=.5, plain=3.),
-                 train=dict(steps=4000, batch_size=16, lr=3e-3, warmup=100, eps=1e-8, save_every=1000, valid_every=0)),
+    'tiny': dict(size='tiny', data=dict(n_points=192, n_vol=48, n_near=80), loss=dict(near=2., surface=0., eikonal=0., contrast=2.5, n_latents=(8, 24)), start=dict(gain=2., decay=.5, plain=3.),
+                 train=dict(steps=1500, batch_size=32, lr=5e-3, warmup=50, eps=1e-8, weight_decay=0., optimizer='muon', save_every=250, valid_every=0)),
     'vecsetx': dict(size='released', data=dict(n_points=8192, n_vol=1024, n_near=1024, augment='any'), loss=dict(), start=None, train=dict(batch_size=64, precision='bf16')),
 }
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from .core import InputError, make_rng, sha256_of, write_json
 
-# %% ../nbs/01_runs.ipynb #162a01d5
+# %% ../nbs/01_runs.ipynb #9e1e21f2
 @dataclass
 class TrainConfig:
     "How to train. What only changes speed or reporting is listed in `FREE_TO_CHANGE`. Raises InputError on impossible values."
@@ -29,6 +29,7 @@ class TrainConfig:
     accumulate:int = 1         # micro-batches per step
     lr:float = 1e-4            # peak learning rate
     warmup:int = 500           # steps of linear warm-up
+    optimizer:str = 'adamw'    # 'adamw', or 'muon' for the matrices of hidden layers (memkit.optim)
     schedule:str = 'cosine'    # 'cosine' (to 1e-3 of the peak at the last step) or 'constant'
     betas:tuple = (0.9, 0.99)
     eps:float = 1e-6
@@ -48,7 +49,7 @@ class TrainConfig:
     tensorboard:bool = True
     def __post_init__(self): check_config(self)
 
-# %% ../nbs/01_runs.ipynb #adbed3f9
+# %% ../nbs/01_runs.ipynb #93f3bf9a
 def check_config(
     config, # TrainConfig
 )->None:
@@ -60,7 +61,7 @@ def check_config(
         value = getattr(config, name)
         if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
             raise InputError(f'{name}={value!r}: expected a number {"above 0" if name in positive else "of at least 0"}')
-    for name, allowed in dict(schedule=('cosine', 'constant'), precision=('no', 'bf16')).items():
+    for name, allowed in dict(optimizer=('adamw', 'muon'), schedule=('cosine', 'constant'), precision=('no', 'bf16')).items():
         if getattr(config, name) not in allowed: raise InputError(f'{name}={getattr(config, name)!r}: expected one of {", ".join(allowed)}')
     if config.ema >= 1: raise InputError(f'ema={config.ema}: a decay is below 1; 0 switches averaging off')
     if config.batch_size % config.accumulate:

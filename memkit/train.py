@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainingError', 'Trainer', 'load_weights', 'load_optimizer', 'TrainResult', 'on_sigterm', 'train']
 
-# %% ../nbs/03_train.ipynb #088eb6f0
+# %% ../nbs/03_train.ipynb #3ea5a1ac
 import contextlib, json, math, os, signal, time
 from dataclasses import dataclass, asdict
 from pathlib import Path
@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .core import InputError, progress, provenance, write_json
-from .runs import (Batches, Metrics, TrainConfig, check_same, load_checkpoint, lr_factor, newest_checkpoint, parameter_groups,
+from .optim import make_optimizer
+from .runs import (Batches, Metrics, TrainConfig, check_same, load_checkpoint, lr_factor, newest_checkpoint,
                          prune_checkpoints, save_checkpoint)
 
 # %% ../nbs/03_train.ipynb #4f05dc94
@@ -36,7 +37,7 @@ def _accelerator(config):
         raise InputError('FSDP version 1 cannot be resumed exactly; start with `accelerate launch --use_fsdp --fsdp_version 2`')
     return accelerator
 
-# %% ../nbs/03_train.ipynb #8787b6d9
+# %% ../nbs/03_train.ipynb #31354fe1
 class Trainer:
     "One run: model, loss, data, optimiser, processes. Use `train`; the methods are public for reading."
     def __init__(self, model, loss, data, config, out, valid=None, sample=None, groups=None, extra=None, settings=None):
@@ -47,11 +48,10 @@ class Trainer:
         self.merged = json.loads(json.dumps(dict(train=asdict(config), groups=groups or [], samples=len(data), **(settings or {})), default=str))
         self.step, self.stop, self.pending, self.ema = 0, False, [], None
         self.micro_batches = Batches(data, config, self.rank, self.world)
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, config, groups), lr=config.lr, betas=config.betas, eps=config.eps,
-                                           fused=self.accelerator.device.type in ('cpu', 'cuda'))
+        self.optimizer = make_optimizer(model, config, groups, fused=self.accelerator.device.type in ('cpu', 'cuda'))
         self.checkpoint = None
 
-# %% ../nbs/03_train.ipynb #99820ce2
+# %% ../nbs/03_train.ipynb #e5a861d5
 @patch
 def wrap(
     self:Trainer, weights=None, # state dict to start from
@@ -59,6 +59,7 @@ def wrap(
     "Load the weights, compile, and hand model and optimiser to accelerate (DDP, FSDP). On the CPU FSDP is torch's `fully_shard` itself."
     if weights is not None: self.raw.load_state_dict(weights)
     self.sharded = os.environ.get('ACCELERATE_USE_FSDP', '').lower() == 'true' and self.world > 1
+    if self.sharded and self.config.optimizer == 'muon': raise InputError("optimizer='muon' needs whole matrices, FSDP cuts them; use 'adamw', or DDP")
     if self.config.compile: self.raw.compile()
     if self.sharded and self.accelerator.device.type == 'cpu':
         from torch.distributed.fsdp import fully_shard

@@ -165,13 +165,13 @@ class Head(Float32, nn.Sequential):
     def forward(self, x): # (b, q, dim) → (b, q) float32
         with no_autocast(x): return super().forward(x.float()).squeeze(-1)
 
-# %% ../nbs/50_vecset.ipynb #6e88b809
+# %% ../nbs/50_vecset.ipynb #ddef24ab
 VECSET_SIZES = {
     'released':  dict(dim=1024, depth=24, num_latents=1024, latent_dim=32, num_inputs=8192),   # the paper's; VecSetX point_vec1024x32_dim1024_depth24_sdf_nb
     'learnable': dict(dim=1024, depth=24, num_latents=1024, latent_dim=32, num_inputs=8192, queries='learned', eps_profile='vecsetx'),
     'learnable_identity': dict(dim=1024, depth=24, num_latents=1024, latent_dim=None, num_inputs=8192, queries='learned', eps_profile='vecsetx'),
     'small': dict(dim=256, depth=6, num_latents=256, latent_dim=16, num_inputs=2048, eps_profile='vecsetx'),
-    'tiny':  dict(dim=64, depth=1, num_latents=32, latent_dim=8, num_inputs=256, dim_head=8, refine=2, eps_profile='vecsetx'),
+    'tiny':  dict(dim=96, depth=1, num_latents=16, latent_dim=16, num_inputs=192, dim_head=8, refine=2, eps_profile='vecsetx'),
 }
 
 # %% ../nbs/50_vecset.ipynb #bea384d4
@@ -318,7 +318,7 @@ def field(self:VecSet,
         return torch.cat([self.ask(kv, part[None])[0] for part in pts.split(chunk)]).cpu().numpy()
     return distance
 
-# %% ../nbs/50_vecset.ipynb #c7367a91
+# %% ../nbs/50_vecset.ipynb #bd9876ce
 def vecset_loss(
     model,             # VecSet, or something that wraps it and is called like it
     batch:dict,        # points (b, n, 3), vol_points, near_points (b, q, 3), vol_sdf, near_sdf (b, q), float32 tensors
@@ -327,11 +327,12 @@ def vecset_loss(
     eikonal:float=1e-3,# of (|∇f| − 1)²; left out where gradients are off
     contrast:float=0., # of the error of tanh(f/width), which sees the neighbourhood of the surface alone
     width:float=.03,   # of that neighbourhood
-    n_latents:int|None=None, # latents per shape
+    n_latents:int|tuple|None=None, # latents per shape; (low, high): drawn for each batch, from its first seed
 ): # scalar tensor, and the parts as floats
     "Reconstruction loss. Source: VecSetX. Raises InputError for a batch without what it needs."
     if missing := {'points', 'vol_points', 'vol_sdf', 'near_points', 'near_sdf'} - set(batch): raise InputError(f'batch: no {", ".join(sorted(missing))}')
     n_vol, n_near = batch['vol_points'].shape[1], batch['near_points'].shape[1]
+    if isinstance(n_latents, (tuple, list)): n_latents = int(make_rng(int(batch['seed'][0]), 'latents').integers(n_latents[0], n_latents[1] + 1))
     eikonal = eikonal*torch.is_grad_enabled()
     space = torch.cat([batch['vol_points'], batch['near_points']], 1).requires_grad_(eikonal > 0)
     f = model(batch['points'], torch.cat([space, batch['points']], 1) if surface else space, n_latents)
