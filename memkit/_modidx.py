@@ -480,6 +480,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'memkit.dit._idle': ('dit.html#_idle', 'memkit/dit.py'),
                             'memkit.dit.denoiser_part': ('dit.html#denoiser_part', 'memkit/dit.py'),
                             'memkit.dit.grid_positions': ('dit.html#grid_positions', 'memkit/dit.py'),
+                            'memkit.dit.line_positions': ('dit.html#line_positions', 'memkit/dit.py'),
                             'memkit.dit.released_options': ('dit.html#released_options', 'memkit/dit.py'),
                             'memkit.dit.time_features': ('dit.html#time_features', 'memkit/dit.py')},
             'memkit.download': { 'memkit.download.Download': ('download.html#download', 'memkit/download.py'),

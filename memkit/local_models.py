@@ -150,15 +150,22 @@ def generate(self:LocalModel,
     began = time.monotonic()
     return self._count(began, run_batches(self._answer, list(prompts), [p.size for p in prompts], self.limit, self.name))
 
-# %% ../nbs/41_local_models.ipynb #587beac1
+# %% ../nbs/41_local_models.ipynb #09ec7b62
+def _looks_back(model)->bool:
+    "Whether no token sees a later one."
+    kinds = [m.is_causal for m in model.modules() if isinstance(getattr(m, 'is_causal', None), bool)]
+    return bool(kinds) and all(kinds) and getattr(model.config, 'is_causal', None) is not False
+
 @patch
 def _vectors(self:LocalModel, texts)->list:
-    "One batch of (vector, number of tokens)."
-    batch = self.reader(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors='pt', return_token_type_ids=False).to(self.model.device)
-    with torch.inference_mode(): states = self.model(**batch).last_hidden_state
-    n = batch['attention_mask'].sum(1)
-    last = states[torch.arange(len(texts), device=states.device), n - 1].float()
-    return list(zip(torch.nn.functional.normalize(last, dim=-1).cpu().numpy(), n.tolist()))
+    "Vectors of one batch of texts that are arrays of tokens."
+    n = torch.tensor([len(t) for t in texts])
+    ids = np.full((len(texts), int(n.max())), self.reader.pad_token_id or 0)
+    for row, t in zip(ids, texts): row[:len(t)] = t
+    asked = dict(input_ids=torch.from_numpy(ids)) | ({} if _looks_back(self.model) else dict(attention_mask=(torch.arange(ids.shape[1]) < n[:, None]).long()))
+    with torch.inference_mode(): states = self.model(**{k: v.to(self.model.device) for k, v in asked.items()}).last_hidden_state
+    last = states[torch.arange(len(texts), device=states.device), n.to(states.device) - 1].float()
+    return list(torch.nn.functional.normalize(last, dim=-1).cpu().numpy())
 
 @patch
 def embed(self:LocalModel,
@@ -168,6 +175,7 @@ def embed(self:LocalModel,
     "Last-token embeddings. Raises InputError for a model of another task."
     if self.task != 'embedding': return Backend.embed(self, texts, instruction)
     began, asked = time.monotonic(), [f'Instruct: {instruction}\nQuery:{t}' if instruction else t or ' ' for t in texts]
-    pairs = run_batches(self._vectors, asked, [*map(len, asked)], self.limit, self.name)
-    self._count(began, [Reply(tokens_in=n) for _, n in pairs])
-    return np.stack([v for v, _ in pairs]) if pairs else np.zeros((0, self.model.config.hidden_size), np.float32)
+    tokens = [np.array(ids, np.int32) for at in range(0, len(asked), 4096) for ids in self.reader(asked[at:at + 4096], truncation=True, max_length=self.max_tokens)['input_ids']]
+    vectors = run_batches(self._vectors, tokens, [*map(len, tokens)], self.limit, self.name)
+    self._count(began, [Reply(tokens_in=len(t)) for t in tokens])
+    return np.stack(vectors) if vectors else np.zeros((0, self.model.config.hidden_size), np.float32)

@@ -60,13 +60,18 @@ def test_pictures_reach_the_model(tiny_models):
     assert np.argsort(means).tolist() == [0, 2, 1]   # black, white, grey, in the order of the prompts
 
 
-def test_vectors_do_not_depend_on_company(tiny_models):
+def test_vectors_do_not_depend_on_company(tiny_models, monkeypatch):
     from memkit.local_models import LocalModel
     model = LocalModel(tiny_models['text'], 'embedding', device='cpu', batch_size=4)
     texts = ['a chair', 'a table '*40, '', 'lamp']
     together = model.embed(texts, 'name it')
     assert np.allclose(together, np.concatenate([model.embed([t], 'name it') for t in texts]), atol=1e-5)
     assert np.allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+    asked, inner = [], model.model.forward
+    monkeypatch.setattr(model.model, 'forward', lambda **k: asked.append('attention_mask' in k) or inner(**k))
+    model.embed(texts)
+    monkeypatch.setattr('memkit.local_models._looks_back', lambda m: False)   # as for a model that sees both ways
+    assert np.allclose(model.embed(texts, 'name it'), together, atol=1e-5) and asked == [False, True]
 
 
 def test_incomplete_weights_and_code_in_a_repository_are_refused(tiny_models, tmp_path):
