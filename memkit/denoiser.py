@@ -97,12 +97,12 @@ RECIPES = dict(
     imagegen=_released('imagegen', dict(kind='text')),
 )
 
-# %% ../nbs/63_denoiser.ipynb #a47c37f7
+# %% ../nbs/63_denoiser.ipynb #6cfd069f
 RECIPES |= dict(
-    tiny=dict(dit=DIT_SIZES['tiny'], condition=dict(kind='class', dim=64), p_uncond=0.1, max_shapes=None, groups=[],
-              train=dict(steps=2000, batch_size=32, lr=1e-3, warmup=100, ema=0.99, save_every=500, valid_every=500, sample_every=500)),
-    copying=dict(dit=dict(hidden_size=96, depth=4, num_heads=4, num_moe_layers=0), condition=None, p_uncond=0.1, max_shapes=None, groups=[],
-                 train=dict(steps=4000, batch_size=16, lr=4e-3, warmup=100, ema=0.99, save_every=1000, valid_every=0, sample_every=1000)))
+    tiny=dict(dit=DIT_SIZES['tiny'] | dict(ordered=True), condition=dict(kind='class', dim=64), p_uncond=0.1, max_shapes=None, groups=[],
+              train=dict(steps=1500, batch_size=48, lr=1e-2, warmup=50, eps=1e-8, weight_decay=0., optimizer='muon', ema=0.99, save_every=500, valid_every=500, sample_every=500)),
+    copying=dict(dit=dict(hidden_size=96, depth=4, num_heads=4, num_moe_layers=0, ordered=True), condition=None, p_uncond=0.1, max_shapes=None, groups=[],
+                 train=dict(steps=1000, batch_size=48, lr=1e-2, warmup=50, eps=1e-8, weight_decay=0., optimizer='muon', ema=0.99, save_every=250, valid_every=0, sample_every=500)))
 
 # %% ../nbs/63_denoiser.ipynb #01b547b1
 def make_recipe(
