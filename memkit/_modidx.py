@@ -1276,6 +1276,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'memkit.steps._run_one': ('steps.html#_run_one', 'memkit/steps.py'),
                               'memkit.steps._take_apart': ('steps.html#_take_apart', 'memkit/steps.py'),
                               'memkit.steps._try_lock': ('steps.html#_try_lock', 'memkit/steps.py'),
+                              'memkit.steps._version': ('steps.html#_version', 'memkit/steps.py'),
                               'memkit.steps.all_steps': ('steps.html#all_steps', 'memkit/steps.py'),
                               'memkit.steps.code_version': ('steps.html#code_version', 'memkit/steps.py'),
                               'memkit.steps.cost_scales': ('steps.html#cost_scales', 'memkit/steps.py'),

@@ -23,53 +23,58 @@ def _bare(
             n.body = n.body[1:] or [ast.Pass()]
     return node
 
-# %% ../nbs/70_steps.ipynb #34f7bd4f
+# %% ../nbs/70_steps.ipynb #fd0e4964
 def _memkit_imports(
-    node:ast.AST, # any piece of code
-)->list[tuple]: # (name here, module below memkit, name there or None for the module itself)
+    node:ast.AST,          # any piece of code
+    package:str='memkit',  # what its relative imports start from
+)->list[tuple]: # (name here, module, name there or '*' for the module itself)
     "What a piece of code imports from memkit, functions' own imports included."
     found = []
     for n in ast.walk(node):
-        if isinstance(n, ast.ImportFrom) and n.module == 'memkit' and not n.level: found += [(a.asname or a.name, f'memkit.{a.name}', None) for a in n.names if not a.name.startswith('_')]
-        elif isinstance(n, ast.ImportFrom) and (n.module or '').startswith('memkit.') and not n.level:
-            found += [(a.asname or a.name, n.module, None if a.name == '*' else a.name) for a in n.names]
-        elif isinstance(n, ast.Import): found += [(a.asname or 'memkit', a.name, None) for a in n.names if a.name.startswith('memkit.')]
+        if isinstance(n, ast.Import): found += [(a.asname or 'memkit', a.name, '*') for a in n.names if a.name.startswith('memkit.')]
+        if not isinstance(n, ast.ImportFrom): continue
+        module = '.'.join(x for x in (package if n.level == 1 else '', n.module) if x)
+        if module == 'memkit': found += [(a.asname or a.name, f'memkit.{a.name}', '*') for a in n.names if not a.name.startswith('_')]
+        elif module.startswith('memkit.'): found += [(a.asname or a.name, module, a.name) for a in n.names]
     return found
 
-# %% ../nbs/70_steps.ipynb #c24e3237
+# %% ../nbs/70_steps.ipynb #2248d0ab
 @dataclass(frozen=True)
 class _Code:
     "One module, taken apart."
     defined:dict   # name → pieces that make it: a definition, assignments, methods patched on
-    imported:dict  # name → [(module, name there or None)]
+    imported:dict  # name → [(module, name there)]
     on_import:list # pieces that run on import and may change anything
+    package:str    # what its relative imports start from
 
-# %% ../nbs/70_steps.ipynb #5eb9177e
+# %% ../nbs/70_steps.ipynb #3f7aab58
 def _take_apart(
-    source:str, # of a module
+    source:str,           # of a module
+    package:str='memkit', # it belongs to
 )->_Code: # its pieces
     "Sort the statements of a module into definitions, imports from memkit, and the rest."
-    code = _Code({}, {}, [])
+    code = _Code({}, {}, [], package)
     for node in _bare(ast.parse(source)).body:
         names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             patched = any('patch' in ast.unparse(d) for d in node.decorator_list) and isinstance(node, ast.FunctionDef) and node.args.args and node.args.args[0].annotation
             names = {n.id for n in ast.walk(patched) if isinstance(n, ast.Name)} if patched else {node.name}
+            if patched and names & set(code.imported): code.on_import.append(node) # it changes a class of another module, for everyone
         else:
-            for name, module, there in _memkit_imports(node): code.imported.setdefault(name, []).append((module, there))
+            for name, module, there in _memkit_imports(node, package): code.imported.setdefault(name, []).append((module, there))
             targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
             plain = targets and all(isinstance(t, ast.Name) or isinstance(t, ast.Tuple) and all(isinstance(x, ast.Name) for x in t.elts) for t in targets)
             if not plain and not isinstance(node, (ast.Import, ast.ImportFrom)): code.on_import.append(node)
         for name in names - {'__all__'}: code.defined.setdefault(name, []).append(node)
     return code
 
-# %% ../nbs/70_steps.ipynb #904fbc69
+# %% ../nbs/70_steps.ipynb #f92ba35a
 @functools.lru_cache(None)
-def _read_code(path, *changed)->_Code:
+def _read_code(path, package, *changed)->_Code:
     "A source file, taken apart; `changed` is its size and time, so that an edited file is read again."
-    return _take_apart(Path(path).read_text(encoding='utf-8'))
+    return _take_apart(Path(path).read_text(encoding='utf-8'), package)
 
-# %% ../nbs/70_steps.ipynb #9a5c3599
+# %% ../nbs/70_steps.ipynb #1c45e45e
 def _module_code(
     module:str, # dotted name
 )->_Code: # empty for what is not Python source
@@ -77,11 +82,11 @@ def _module_code(
     try: spec = importlib.util.find_spec(module)
     except (ImportError, ValueError): spec = None
     if spec is None: raise InputError(f'{module}: no such module; expected the module of a step, or one that its code imports')
-    if not (spec.origin or '').endswith('.py'): return _Code({}, {}, [])
+    if not (spec.origin or '').endswith('.py'): return _Code({}, {}, [], '')
     stat = os.stat(spec.origin)
-    return _read_code(spec.origin, stat.st_size, stat.st_mtime_ns)
+    return _read_code(spec.origin, module.rpartition('.')[0], stat.st_size, stat.st_mtime_ns)
 
-# %% ../nbs/70_steps.ipynb #a49f9ac4
+# %% ../nbs/70_steps.ipynb #57554d7e
 def _reached(
     starts:list,    # (module, name) where the code begins
     nodes:tuple=(), # further code to start from, of `home`
@@ -93,28 +98,38 @@ def _reached(
         for n in (x for p in pieces for x in ast.walk(p)):
             name = n.id if isinstance(n, ast.Name) else n.value if isinstance(n, ast.Constant) and isinstance(n.value, str) else None
             if name in code.defined or name in code.imported: todo.append((module, name))
-        for p in pieces: todo.extend((m, there or '*') for _, m, there in _memkit_imports(p))
-    if nodes: follow(home, nodes, _Code({}, {}, []))
+        for p in pieces: todo.extend((m, there) for _, m, there in _memkit_imports(p, code.package))
+    if nodes: follow(home, nodes, _Code({}, {}, [], ''))
     while todo:
         module, name = todo.pop()
         if (module, name) in found: continue
         code = _module_code(module)
         pieces = found[module, name] = code.on_import if name == '' else code.defined.get(name, [])
         if name == '*': todo += [(module, n) for n in code.defined]
-        todo += [(m, there or '*') for m, there in code.imported.get(name, [])] if name else [(m, '') for i in code.imported.values() for m, _ in i]
+        todo += code.imported.get(name, []) if name else [(m, '') for i in code.imported.values() for m, _ in i]
         todo.append((module, ''))
         follow(module, pieces, code)
     return found
 
-# %% ../nbs/70_steps.ipynb #be239b0f
+# %% ../nbs/70_steps.ipynb #58b22f49
+@functools.lru_cache(None)
+def _version(function, *changed)->tuple: # fingerprint, modules that it depends on
+    "See `code_version`; `changed` are the states of those modules."
+    module, _, name = function.partition(':')
+    found = _reached([(module, name)])
+    if not found[module, name] and name not in _module_code(module).imported: raise InputError(f'{function}: {module} defines no {name!r}; expected module:function')
+    return sha256_of(json.dumps(sorted((m, n, [ast.unparse(p) for p in pieces]) for (m, n), pieces in found.items()))), {m for m, _ in found}
+
+# %% ../nbs/70_steps.ipynb #e111286f
 def code_version(
     function:str, # 'module:name'
 )->str: # 64 hex digits
     "Fingerprint of a function and of all definitions of memkit that it can reach. Raises InputError where there is no such function."
-    module, _, name = function.partition(':')
-    found = _reached([(module, name)])
-    if not found[module, name] and name not in _module_code(module).imported: raise InputError(f'{function}: {module} defines no {name!r}; expected module:function')
-    return sha256_of(json.dumps(sorted((m, n, [ast.unparse(p) for p in pieces]) for (m, n), pieces in found.items())))
+    modules = {function.partition(':')[0]}
+    while True:
+        version, reached = _version(function, *(id(_module_code(m)) for m in sorted(modules))) # a changed file is another object
+        if reached <= modules: return version
+        modules = modules | reached
 
 # %% ../nbs/70_steps.ipynb #45274e0d
 @dataclass(frozen=True)
