@@ -239,7 +239,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'memkit.clip.load_tower': ('clip.html#load_tower', 'memkit/clip.py'),
                              'memkit.clip.openai_to_hf': ('clip.html#openai_to_hf', 'memkit/clip.py'),
                              'memkit.clip.pick_view': ('clip.html#pick_view', 'memkit/clip.py'),
-                             'memkit.clip.quiet': ('clip.html#quiet', 'memkit/clip.py'),
                              'memkit.clip.read_image': ('clip.html#read_image', 'memkit/clip.py'),
                              'memkit.clip.text_features': ('clip.html#text_features', 'memkit/clip.py'),
                              'memkit.clip.tiny_clip': ('clip.html#tiny_clip', 'memkit/clip.py')},

@@ -6,7 +6,7 @@
 __all__ = ['LVIS16', 'KINDS', 'drop_mask', 'Conditioner', 'class_names', 'ClassTable', 'ByteText', 'FeatureCache', 'Frozen',
            'Features', 'ClipText', 'ClipImage', 'make_conditioner', 'load_conditioner', 'released_conditioner']
 
-# %% ../nbs/42_conditions.ipynb #64ff9d46
+# %% ../nbs/42_conditions.ipynb #8b06f679
 import inspect, json
 from collections import OrderedDict
 from pathlib import Path
@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as fn
 
-from .clip import CLIP, PICKS, from_hub, quiet, caption_tokens, clean_caption, clip_pixels, clip_sizes, clip_tower, image_features, load_tokenizer, load_tower, openai_to_hf, pick_view, text_features
+from .clip import CLIP, PICKS, from_hub, caption_tokens, clean_caption, clip_pixels, clip_sizes, clip_tower, image_features, load_tokenizer, load_tower, openai_to_hf, pick_view, text_features
 from .core import InputError, atomic_path, cache_home, make_rng, progress, sha256_of
+from .tiny_models import quiet_loading
 from .weights import Lazy, check_weights, weights_hash
 
 # %% ../nbs/42_conditions.ipynb #a3a8a627
@@ -349,7 +350,7 @@ def make_conditioner(
     try: return KINDS[kind](**config)
     except TypeError as e: raise InputError(f'condition of kind {kind}: {e}; its settings are {", ".join(k for k in inspect.signature(KINDS[kind].__init__).parameters if k not in ("self", "kind"))}') from None
 
-# %% ../nbs/42_conditions.ipynb #54e0bf6b
+# %% ../nbs/42_conditions.ipynb #e79f18b0
 @patch
 def save_pretrained(self:Frozen,
     folder, # of the checkpoint
@@ -361,7 +362,7 @@ def save_pretrained(self:Frozen,
     if self.kind == 'text' and not self.config.fingerprint: self.load()
     Conditioner.save_pretrained(self, folder, **how)
     if include_clip or self.place is None:
-        with quiet(): self.load().model.save_pretrained(Path(folder)/'clip')
+        with quiet_loading(): self.load().model.save_pretrained(Path(folder)/'clip')
         if self.tower.tokenizer: self.tower.tokenizer.save_pretrained(Path(folder)/'clip')
 
 @patch(cls_method=True)
