@@ -32,12 +32,13 @@ def cache_home(
     path.mkdir(parents=True, exist_ok=True)
     return path
 
-# %% ../nbs/00_core.ipynb #db8f3eb7
+# %% ../nbs/00_core.ipynb #5686182b
 def project_root(
     start:str|Path|None=None, # folder to search from, upwards; default: the working directory, then the package
 )->Path: # folder that holds `settings.ini` and `nbs/`
     "The memkit checkout. Raises InputError outside of one."
-    starts = [Path(start)] if start else [Path.cwd(), Path(__file__).parent if '__file__' in globals() else Path.cwd()]
+    here = Path(__file__).parent if '__file__' in globals() else Path.cwd()
+    starts = [Path(start)] if start else [Path(os.environ.get('MEMKIT_ROOT') or '.'), Path.cwd(), here]
     for folder in (p for s in starts for p in [s.resolve(), *s.resolve().parents]):
         if (folder/'settings.ini').is_file() and (folder/'nbs').is_dir(): return folder
     raise InputError(f'{starts[0]}: not inside a memkit checkout; expected settings.ini and nbs/ there or in a parent folder')

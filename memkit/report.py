@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['figure_folder', 'save_rows', 'stamp_line', 'save_figure', 'write_readme']
 
-# %% ../nbs/90_report.ipynb #3d8b769c
-import csv
+# %% ../nbs/90_report.ipynb #9ff9c41a
+import csv, os
 from pathlib import Path
 
 from .core import atomic_path, project_root, provenance, write_json
 from .show import COLORS
 
-# %% ../nbs/90_report.ipynb #d9775dcd
+# %% ../nbs/90_report.ipynb #ef32968f
 def figure_folder(
     profile:str,              # smoke, laptop, gpu or paper
-    root:str|Path|None=None,  # folder that holds one folder a profile; default: the checkout's `figures/`
+    root:str|Path|None=None,  # folder that holds one folder a profile; default: `$MEMKIT_FIGURES`, else the checkout's `figures/`
 )->Path: # created when missing
     "Where the results of a profile are kept."
-    folder = (Path(root) if root else project_root()/'figures')/profile
+    folder = Path(root or os.environ.get('MEMKIT_FIGURES') or project_root()/'figures')/profile
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
