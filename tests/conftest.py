@@ -38,6 +38,16 @@ def tiny_models(tmp_path_factory):
     return dict(text=tiny_text_model(root/'text'), vision=tiny_vision_model(root/'vision'))
 
 
+@pytest.fixture(scope='module')
+def one_thread():
+    "PyTorch on one thread: sums in one order, equal to the last bit in another process too, and test files that run side by side do not fight over cores."
+    torch = pytest.importorskip('torch')
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     "Each test has a cache of its own."

@@ -19,12 +19,7 @@ from memkit.conditions import (LVIS16, ByteText, ClassTable, ClipImage, ClipText
 from memkit.core import InputError
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture(scope='module')

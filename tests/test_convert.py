@@ -20,12 +20,7 @@ from memkit.weights import random_weights
 TOKENS = dict(num_latents=16)
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def drawn(net, tag):

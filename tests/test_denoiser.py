@@ -17,12 +17,7 @@ from memkit.runs import TrainConfig, checkpoints, load_checkpoint, read_metrics
 from memkit.vecset import VecSet
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 class Toy:

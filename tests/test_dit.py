@@ -18,12 +18,7 @@ RELEASED = dict(small='S', baseline='B', large='L', lvis16='lvis16', image='imag
 SMALL = dict(in_channels=8, hidden_size=32, depth=4, num_heads=4, context_dim=24, num_moe_layers=2)
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def off(got, want): return (got - want).abs().max().item()

@@ -31,12 +31,7 @@ QUADS = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (
 FACES = np.array([t for a, b, c, d in QUADS for t in ((a, b, c), (a, c, d))])
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def box(x=1., y=1., z=1.): return BOX*[x, y, z], FACES

@@ -10,12 +10,7 @@ from memkit.core import InputError
 from memkit.flow import SOLVERS, copying_flow, draw_noise, draw_path, flow_errors, flow_loss, flow_point, flow_times, gaussian_flow, guide, sample_flow
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def draw(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

@@ -23,12 +23,7 @@ from memkit.weights import random_weights
 QUICK = dict(n_steps=4, resolution=24)
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def drawn(net, tag):

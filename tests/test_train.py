@@ -132,7 +132,7 @@ def test_killed_then_asked_to_stop_then_finished_equals_a_run_without_a_break(tm
     assert not [p for p in (tmp_path/'run'/'checkpoints').iterdir() if p.name.startswith('.')]
 
 
-@pytest.mark.parametrize('changes', [dict(ema=0.9, accumulate=2, log_every=7, valid_every=20), dict(precision='bf16', schedule='constant', clip=0.)])
+@pytest.mark.parametrize('changes', [dict(ema=0.9, accumulate=2, log_every=7, valid_every=20), dict(optimizer='muon'), dict(precision='bf16', schedule='constant', clip=0.)])
 def test_other_settings_resume_exactly_too(tmp_path, changes):
     c = config(steps=30, **changes)
     whole = run(tmp_path/'whole', c, valid=Blobs())

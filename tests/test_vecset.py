@@ -18,12 +18,7 @@ from memkit.weights import random_weights
 SMALL = dict(dim=64, depth=2, num_latents=16, latent_dim=8, num_inputs=100)
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def draw(*shape, seed=0): return torch.from_numpy(make_rng(seed, 'draw').standard_normal(shape).astype('f'))
