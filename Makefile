@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 PIP_ARGS := -c constraints.txt -e .[make,gpu,cluster,data,captions,notebooks,dev]
 READY  := $(VENV)/.ready
 
-.PHONY: help setup reproduce test lab export readme bench gpu-bench clean
+.PHONY: help setup reproduce gpu-reproduce test lab export readme bench gpu-bench clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,8 +21,11 @@ $(READY): pyproject.toml constraints.txt
 
 setup: $(READY) ## create the environment in .venv (skipped when up to date)
 
-reproduce: $(READY) ## run the paper notebooks: tables and figures under figures/$(PROFILE)/
-	$(BIN)/python -m memkit reproduce --profile $(PROFILE)
+reproduce: $(READY) ## run the paper notebooks and what they need, or the rest of it: figures/$(PROFILE)/. Also: IDS="fig_…" JOBS=n
+	$(BIN)/python -m memkit reproduce $(IDS) --profile $(PROFILE) $(if $(JOBS),--jobs $(JOBS))
+
+gpu-reproduce: $(READY) ## the same at the sizes of one GPU: figures/gpu/
+	$(BIN)/python -m memkit reproduce $(IDS) --profile gpu $(if $(JOBS),--jobs $(JOBS))
 
 test: $(READY) ## run every notebook and pytest
 	$(BIN)/python -m memkit test

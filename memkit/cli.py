@@ -190,11 +190,23 @@ app.add_typer(cli_captions.app, name='captions', help='Pair captions with classe
 def reproduce(
     ids: Annotated[Optional[list[str]], typer.Argument(help='Notebooks, e.g. fig_calibration; default: all.')] = None,
     profile: Annotated[str, typer.Option(help='smoke, laptop, gpu or paper: sizes and device, see settings.ini.')] = 'smoke',
+    jobs: Annotated[Optional[int], typer.Option(min=1, help='Steps at a time, which share the cores; default: one a core, 1 where a GPU is used.')] = None,
+    dry_run: Annotated[bool, typer.Option('--dry-run', help='Only print what would run, and how long it will take.')] = False,
+    resume: Annotated[bool, typer.Option('--resume', help='Says what is always so: the same command goes on where it was interrupted, and redoes only what has changed.')] = False,
+    limit_seconds: Annotated[float, typer.Option(min=1, help='A step that takes longer is stopped; training may go on with the same command.')] = 7200.,
+    limit_gb: Annotated[Optional[float], typer.Option(min=.01, help="A step that needs more memory is ended. Default: nine tenths of the machine's.")] = None,
 ):
-    "Regenerate tables and figures: runs the paper notebooks of a checkout into figures/PROFILE."
-    from memkit.reproduce import reproduce as run_all
-    for row in run_all(ids, profile): print(f"{row['name']}: {row['seconds']} s")
-    print(f'figures/{profile}')
+    """Regenerate tables and figures: runs the paper notebooks of a checkout, and what they need first, into figures/PROFILE.
+
+    Each step runs in a process of its own and is kept in $MEMKIT_HOME/steps, so that nothing is done twice. What fails costs only what needs it,
+    and says so in a line. Exit code 0: all figures are there. 1: something failed. 130: interrupted."""
+    from memkit.isolated import Limits, StepFailed
+    from memkit.reproduce import default_jobs, make_plan, plan_text, reproduce as run_all
+    if dry_run: return print(plan_text(make_plan(ids, profile), default_jobs(jobs, profile)))
+    try: results = run_all(ids, profile, jobs, Limits(limit_seconds, **({} if limit_gb is None else dict(gigabytes=limit_gb))))
+    except StepFailed as e: print(e, file=sys.stderr); raise typer.Exit(1)
+    except KeyboardInterrupt: print('memkit: interrupted; the same command goes on from here', file=sys.stderr); raise typer.Exit(130)
+    print(f'figures/{profile}: {sum(r.status == "done" for r in results)} of {len(results)} were run, the others were up to date')
 
 # %% ../nbs/99_cli.ipynb #247d6243
 @app.command()
