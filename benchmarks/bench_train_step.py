@@ -3,13 +3,16 @@
 The equivalent is written from the description of the original: experts chosen by boolean masks, keys and values of the condition projected where they
 are used, AdamW, clipping, no compilation. It has the same parameters under the same names, and its output and gradients are checked against memkit's before
 anything is timed. A step is forward, backward, clipping and AdamW on a prepared batch; memkit's runs through the training loop (memkit.train), with its checks.
+Each way has a process of its own, as its user would run it: in a shared one the heap that one way leaves behind decides what memory costs the other. They take turns.
 
-usage: bench_train_step.py [--hidden 256] [--depth 6] [--tokens 256] [--batch 8] [--repeat 5] [--repeat-bf16 5] [--threads 2] [--out FILE]
-A processor without bf16 instructions (AVX-512 BF16, AMX) emulates them, ten to twenty times slower than fp32: the record says whether it has them.
+usage: bench_train_step.py [--hidden 256] [--depth 6] [--tokens 256] [--batch 8] [--repeat 9] [--warm 3] [--repeat-bf16 5] [--threads 2] [--out FILE]
+A processor without bf16 instructions (AVX-512 BF16, AMX) emulates them, ten to twenty times slower than fp32: the record says which it has.
 Prints a table and appends one JSON line to benchmarks/results.jsonl."""
 import argparse
 import itertools
+import multiprocessing
 import os
+import resource
 import tempfile
 import time
 from pathlib import Path
@@ -23,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from memkit.denoiser import Denoiser, denoiser_loss
 from memkit.dit import DiT
 from memkit.flow import draw_path
-from memkit.runs import TrainConfig
+from memkit.runs import TrainConfig, kept_memory
 from memkit.train import Trainer
 
 from record import RESULTS, add_line
@@ -149,57 +152,85 @@ def memkit_steps(dit, batch, bf16, folder):
     trainer = Trainer(Denoiser(dit, Context()), lambda m, b: denoiser_loss(m, b, p_uncond=0.), range(1), config, folder)
     trainer.wrap()
     trainer.model.train()
-    while True: yield trainer.advance(itertools.repeat(batch))['loss']
+    with kept_memory():
+        while True: yield trainer.advance(itertools.repeat(batch))['loss']
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in dict(hidden=256, depth=6, heads=4, tokens=256, batch=8, context=77, repeat=5, repeat_bf16=5, threads=2).items(): p.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    p.add_argument('--out', type=Path, default=RESULTS)
-    o = p.parse_args()
+def prepared(o):
+    "Options, first weights and the batch: the same in every process."
     torch.set_num_threads(o.threads)
     torch.manual_seed(0)
     options = dict(in_channels=32, hidden_size=o.hidden, depth=o.depth, num_heads=o.heads, context_dim=512, num_moe_layers=o.depth//2)
-    weights = DiT(**options).state_dict()
-    batch = dict(x_1=torch.randn(o.batch, o.tokens, 32), condition=torch.randn(o.batch, o.context, 512), seed=torch.arange(o.batch))
-    def fresh(kind):
-        model = kind(**options)
-        model.load_state_dict(weights)
-        return model
-    ours, theirs = fresh(DiT), fresh(Plain)
+    return options, DiT(**options).state_dict(), dict(x_1=torch.randn(o.batch, o.tokens, 32), condition=torch.randn(o.batch, o.context, 512), seed=torch.arange(o.batch))
+
+
+def fresh(kind, options, weights):
+    model = kind(**options)
+    model.load_state_dict(weights)
+    return model
+
+
+def work(pipe, o, kind, home):
+    "The process of one way: a step at each request; answers wall seconds, CPU seconds of user and system, page faults."
+    options, weights, batch = prepared(o)
+    bf16 = kind.endswith('bf16')
+    steps = plain_steps(fresh(Plain, options, weights).train(), batch, bf16) if kind.startswith('plain') else memkit_steps(fresh(DiT, options, weights), batch, bf16, home)
+    while pipe.recv():
+        wall, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
+        next(steps)
+        wall, after = time.perf_counter() - wall, resource.getrusage(resource.RUSAGE_SELF)
+        pipe.send((wall, *(getattr(after, k) - getattr(before, k) for k in ('ru_utime', 'ru_stime', 'ru_minflt'))))
+
+
+def same_results(o):
+    "Losses and gradients of both ways agree; the floating-point operations of a step."
+    options, weights, batch = prepared(o)
+    ours, theirs = fresh(DiT, options, weights), fresh(Plain, options, weights)
     a = denoiser_loss(Denoiser(ours, Context()).train(), batch, p_uncond=0.)
     with FlopCounterMode(display=False) as counter:
         b = plain_loss(theirs.train(), batch)
         b.backward()
     a.backward()
-    flops = counter.get_total_flops()
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    for (name, x), y in zip(ours.named_parameters(), theirs.parameters() if list(ours.state_dict()) == list(theirs.state_dict()) else [dict(theirs.named_parameters())[n] for n, _ in ours.named_parameters()]):
-        torch.testing.assert_close(x.grad, y.grad, rtol=1e-3, atol=1e-5, msg=lambda m: f'{name}: {m}')
+    grads = {name: p.grad for name, p in theirs.named_parameters()}
+    for name, p in ours.named_parameters(): torch.testing.assert_close(p.grad, grads[name], rtol=1e-3, atol=1e-5, msg=lambda m: f'{name}: {m}')
+    return counter.get_total_flops(), sum(v.numel() for v in weights.values())
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, value in dict(hidden=256, depth=6, heads=4, tokens=256, batch=8, context=77, repeat=9, warm=3, repeat_bf16=5, threads=2).items(): p.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    p.add_argument('--out', type=Path, default=RESULTS)
+    o = p.parse_args()
+    flops, numbers = same_results(o)
+    spawn, kinds = multiprocessing.get_context('spawn'), ['plain fp32', 'memkit fp32', 'plain bf16', 'memkit bf16']
+    kinds = kinds[:4 if o.repeat_bf16 else 2]
+    clocks = {k: [] for k in kinds}
     with tempfile.TemporaryDirectory() as home:
-        jobs = {}
-        for bf16 in (False, True):
-            kind = 'bf16' if bf16 else 'fp32'
-            jobs[f'plain {kind}'] = plain_steps(fresh(Plain).train(), batch, bf16)
-            jobs[f'memkit {kind}'] = memkit_steps(fresh(DiT), batch, bf16, Path(home)/kind)
-        clocks = {k: [] for k in jobs}
-        for k, job in jobs.items(): next(job)
-        for i in range(o.repeat):
-            for k, job in jobs.items():
-                if i >= o.repeat_bf16 and 'bf16' in k: continue
-                wall, cpu = time.perf_counter(), time.process_time()
-                next(job)
-                clocks[k].append((time.perf_counter() - wall, time.process_time() - cpu))
+        pipes, processes = {}, []
+        for k in kinds:
+            pipes[k], theirs = spawn.Pipe()
+            processes.append(spawn.Process(target=work, args=(theirs, o, k, Path(home)/k), daemon=True))
+            processes[-1].start()
+        for i in range(o.warm + o.repeat):
+            for k, pipe in pipes.items():
+                if 'bf16' in k and i >= o.warm + o.repeat_bf16: continue
+                pipe.send(True)
+                clock = pipe.recv()
+                if i >= o.warm: clocks[k].append(clock)
+        for pipe in pipes.values(): pipe.send(False)
+        for process in processes: process.join()
     clocks = {k: np.array(v) for k, v in clocks.items()}
-    seconds = {k: dict(best_wall=round(float(v[:, 0].min()), 3), median_wall=round(float(np.median(v[:, 0])), 3), best_cpu=round(float(v[:, 1].min()), 3),
-                       steps_per_s=round(1/float(v[:, 0].min()), 3), gflop_per_s=round(flops/float(v[:, 0].min())/1e9, 1)) for k, v in clocks.items()}
+    clocks = {k: np.column_stack([v[:, 0], v[:, 1] + v[:, 2], v[:, 2:]]) for k, v in clocks.items()}
+    seconds = {k: dict(best_wall=round(float(v[:, 0].min()), 3), median_wall=round(float(np.median(v[:, 0])), 3), best_cpu=round(float(v[:, 1].min()), 3), median_system=round(float(np.median(v[:, 2])), 3),
+                       median_faults=int(np.median(v[:, 3])), steps_per_s=round(1/float(v[:, 0].min()), 3), gflop_per_s=round(flops/float(v[:, 0].min())/1e9, 1)) for k, v in clocks.items()}
     ratio = {kind: {w: [round(float(x), 2) for x in np.percentile(clocks[f'plain {kind}'][:, i]/clocks[f'memkit {kind}'][:, i], (50, 25, 75))] for i, w in enumerate(('wall', 'cpu'))}
-             for kind in ('fp32', 'bf16')}
-    print(f'{sum(v.numel() for v in weights.values()):,} parameters, {flops/1e9:.0f} GFLOP a step, {o.repeat} rounds, {o.threads} threads, load {os.getloadavg()[0]:.1f}')
-    for k, v in seconds.items(): print(f"{k:12s} {v['best_wall']:7.3f} s wall (median {v['median_wall']:.3f}) {v['best_cpu']:7.3f} s CPU   {v['steps_per_s']:.2f} steps/s   {v['gflop_per_s']:.0f} GFLOP/s")
+             for kind in ('fp32', 'bf16')[:len(kinds)//2]}
+    print(f'{numbers:,} parameters, {flops/1e9:.0f} GFLOP a step, {o.repeat} rounds, {o.threads} threads, load {os.getloadavg()[0]:.1f}')
+    for k, v in seconds.items(): print(f"{k:12s} {v['best_wall']:7.3f} s wall (median {v['median_wall']:.3f}) {v['best_cpu']:7.3f} s CPU, {v['median_system']:.3f} of them in the system, {v['median_faults']:,} page faults   {v['steps_per_s']:.2f} steps/s   {v['gflop_per_s']:.0f} GFLOP/s")
     for k, v in ratio.items(): print(f"plain / memkit {k}: wall {v['wall'][0]} ({v['wall'][1]} to {v['wall'][2]}), CPU {v['cpu'][0]} ({v['cpu'][1]} to {v['cpu'][2]})")
     flags = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
-    add_line(o.out, 'train_step', bf16_instructions='avx512_bf16' in flags or 'amx_bf16' in flags, hidden=o.hidden, depth=o.depth, tokens=o.tokens, batch=o.batch, context=o.context, repeat=o.repeat, threads=o.threads,
+    add_line(o.out, 'train_step', bf16_instructions=[k for k in ('avx512_bf16', 'amx_bf16') if k in flags], hidden=o.hidden, depth=o.depth, tokens=o.tokens, batch=o.batch, context=o.context, repeat=o.repeat, threads=o.threads,
              gflop_per_step=round(flops/1e9, 1), seconds=seconds, ratios_median_quartiles=ratio)
 
 

@@ -541,6 +541,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'memkit.drawing.draw_pairs': ('drawing.html#draw_pairs', 'memkit/drawing.py'),
                                 'memkit.drawing.draw_rows': ('drawing.html#draw_rows', 'memkit/drawing.py'),
                                 'memkit.drawing.flat_rows': ('drawing.html#flat_rows', 'memkit/drawing.py'),
+                                'memkit.drawing.folder_record': ('drawing.html#folder_record', 'memkit/drawing.py'),
                                 'memkit.drawing.pooled': ('drawing.html#pooled', 'memkit/drawing.py'),
                                 'memkit.drawing.record_table': ('drawing.html#record_table', 'memkit/drawing.py'),
                                 'memkit.drawing.settings_table': ('drawing.html#settings_table', 'memkit/drawing.py'),

@@ -20,6 +20,7 @@ from torch import nn
 from .conditions import Conditioner, class_names, drop_mask, make_conditioner
 from .core import InputError, make_rng, sha256_of
 from .dit import DIT_SIZES, DiT
+from .experts import set_balance
 from .flow import draw_path, flow_errors
 from .generate import ShapePipeline
 from .render import render_shaded
@@ -85,7 +86,7 @@ def denoiser_loss(
 
 # %% ../nbs/63_denoiser.ipynb #bf9fc6bc
 def _released(size, condition, accumulate=2, valid_every=4999, **more):
-    return dict(dit=DIT_SIZES[size], condition=condition, p_uncond=0.1, max_shapes=51_200, groups=[],
+    return dict(dit=DIT_SIZES[size] | dict(balance=.01*accumulate), condition=condition, p_uncond=0.1, max_shapes=51_200, groups=[],
                 train=dict(precision='bf16', compile=True, accumulate=accumulate, valid_every=valid_every, sample_every=5000)) | more
 
 RECIPES = dict(
@@ -220,6 +221,7 @@ def train_denoiser(
     if conditions is None: latents = limit_shapes(latents, recipe['max_shapes'])
     x_1 = latents.sample(0, 0)['x_1']
     model = make_denoiser(recipe, x_1.shape[1], conditioner, getattr(latents, 'labels', ()), config.seed)
+    set_balance(model, model.dit.config.balance/config.accumulate)
     conditions = conditions if conditions is not None else shape_conditions(latents, model.conditioner, level)
     pairs = LatentPairs(latents, model.conditioner, conditions, config.seed)
     settings = describe_model(model) | dict(p_uncond=recipe['p_uncond'], n_tokens=len(x_1), latents=describe_latents(latents))

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['FREE_TO_CHANGE', 'TrainConfig', 'check_config', 'check_same', 'lr_factor', 'parameter_groups', 'batch_indices',
            'batch_seeds', 'Batches', 'atomic_folder', 'save_checkpoint', 'checkpoint_fault', 'checkpoints',
-           'newest_checkpoint', 'Checkpoint', 'load_checkpoint', 'prune_checkpoints', 'read_metrics', 'Metrics']
+           'newest_checkpoint', 'Checkpoint', 'load_checkpoint', 'prune_checkpoints', 'read_metrics', 'Metrics',
+           'kept_memory']
 
 # %% ../nbs/01_runs.ipynb #869e33ab
-import contextlib, json, math, os, shutil, tempfile
+import contextlib, ctypes, json, math, os, shutil, tempfile
 from dataclasses import dataclass, asdict
 from functools import lru_cache
 from pathlib import Path
@@ -311,3 +312,17 @@ class Metrics:
         if picture is not None: self.board.add_image('sample', np.asarray(picture.convert('RGB')), record['step'], dataformats='HWC')
         self.board.flush()
     def close(self): self.board and self.board.close()
+
+# %% ../nbs/01_runs.ipynb #e4a3513f
+@contextlib.contextmanager
+def kept_memory():
+    "Context in which this process keeps the memory that it frees, for the next step, where its C library is GNU's."
+    try: tell = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        yield; return
+    trim, mmap = -1, -3   # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    tell(mmap, 32 << 20); tell(trim, -1)
+    try: yield
+    finally:
+        tell(trim, 64 << 20)
+        ctypes.CDLL(None).malloc_trim(0)

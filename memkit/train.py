@@ -18,7 +18,7 @@ from torch import nn
 
 from .core import InputError, progress, provenance, write_json
 from .optim import make_optimizer
-from .runs import (Batches, Metrics, TrainConfig, check_same, load_checkpoint, lr_factor, newest_checkpoint,
+from .runs import (Batches, Metrics, TrainConfig, check_same, kept_memory, load_checkpoint, lr_factor, newest_checkpoint,
                          prune_checkpoints, save_checkpoint)
 
 # %% ../nbs/03_train.ipynb #4f05dc94
@@ -378,7 +378,7 @@ def run(
     self.accelerator.wait_for_everyone()
     metrics = Metrics(self.out, self.step, self.config.tensorboard) if self.main else None
     try:
-        with on_sigterm(self): self.loop(metrics)
+        with on_sigterm(self), kept_memory(): self.loop(metrics)
         if self.checkpoint is None: self.save()
     finally:
         if metrics: metrics.close()

@@ -54,6 +54,16 @@ def test_released_recipes(name):
     assert r['groups'] == ([dict(match='conditioner.', lr_scale=0.1, weight_decay=0.05)] if name == 'lvis16' else [])
 
 
+def test_micro_batches_leave_the_weight_of_the_balancing_gradient(tmp_path):
+    "The gradient of one step with a balancing weight that drowns the rest: the same in one, two and four micro-batches, up to the shares of experts, which are counted in each."
+    def norm(accumulate):
+        recipe = toy(steps=1, batch_size=8, clip=0., accumulate=accumulate)
+        return go(tmp_path/str(accumulate), recipe | dict(dit=recipe['dit'] | dict(num_moe_layers=1, balance=1e4))).history[0]['grad_norm']
+    once = norm(1)
+    assert once > 100 and all(.8 < norm(n)/once < 1.25 for n in (2, 4))
+    assert {n: make_recipe(n)['dit']['balance'] for n in ('small', 'baseline')} == dict(small=.01, baseline=.02)   # as the released loop adds them up
+
+
 def test_a_recipe_is_not_changed_by_its_use():
     before = json.dumps(RECIPES)
     make_recipe('lvis16', dit=dict(depth=2), train=dict(steps=1))['groups'].append('x')
