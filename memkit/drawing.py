@@ -4,22 +4,24 @@
 
 # %% auto #0
 __all__ = ['FLAT', 'DECIDABLE', 'SCALES', 'BANDS', 'MARKS', 'Table', 'split_controls', 'settings_table', 'flat_rows',
-           'record_table', 'control_table', 'pooled', 'draw_rows', 'draw_pairs']
+           'record_table', 'control_table', 'pooled', 'draw_rows', 'draw_pairs', 'folder_record']
 
-# %% ../nbs/89_drawing.ipynb #84c45174
-import math
+# %% ../nbs/89_drawing.ipynb #72bbb77f
+import math, textwrap
 from html import escape
+from pathlib import Path
 
 import numpy as np
 from matplotlib.transforms import ScaledTranslation
 
-from .claims import by_row, contrast, with_others
-from .core import InputError
+from .audit import audit
+from .claims import by_row, contrast
+from .core import InputError, cache_home
 from .mesh import check_mesh
 from .show import COLORS, NEIGHBOUR, QUERY, VIEW, Sheet, _caption, _number, _picture, _place, _sheet, paper_style
 from .zu import auc_interval
 
-# %% ../nbs/89_drawing.ipynb #77ef237d
+# %% ../nbs/89_drawing.ipynb #ad73a24c
 def _cell(v)->str: # what a reader sees
     "A value of a table as text."
     if v is None: return '–'
@@ -27,7 +29,7 @@ def _cell(v)->str: # what a reader sees
     if isinstance(v, (float, np.floating)): return f'{v:.4g}' if abs(v) < 1e5 else f'{v:,.0f}'
     return f'{v:,}' if isinstance(v, (int, np.integer)) else str(v)
 
-# %% ../nbs/89_drawing.ipynb #f0c9eae6
+# %% ../nbs/89_drawing.ipynb #a821a5a1
 class Table(list):
     "A list of dicts, one a row, all with the same keys; shows itself as a table, with an optional `note` below it."
     def __init__(self, rows=(), note=''): super().__init__(rows); self.note = note
@@ -40,21 +42,21 @@ class Table(list):
         row = lambda line, tag: '<tr>' + ''.join(f'<{tag} style="text-align:left">{t}</{tag}>' for t in line) + '</tr>'
         return f'<table><thead>{row(head, "th")}</thead><tbody>{"".join(row(b, "td") for b in body)}</tbody></table>' + (f'<p><small>{escape(self.note)}</small></p>' if self.note else '')
 
-# %% ../nbs/89_drawing.ipynb #a23a2de9
+# %% ../nbs/89_drawing.ipynb #26b30f92
 def split_controls(
     records:list[dict], # of one experiment
 )->tuple[list[dict], list[dict]]: # what was asked about, and what is known
     "Measured rows and control rows."
     return [r for r in records if not r.get('control')], [r for r in records if r.get('control')]
 
-# %% ../nbs/89_drawing.ipynb #48ac9c9b
+# %% ../nbs/89_drawing.ipynb #d1c1e192
 def _brief(v)->str|int|float|None: # short enough for a cell
     "A setting in a few words."
     if isinstance(v, dict): v = [f'{k} {x}' for k, x in v.items()]
     if not isinstance(v, (list, tuple)): return v
     return ', '.join(map(str, v)) if len(v) <= 4 else f'{len(v)}: {v[0]} … {v[-1]}'
 
-# %% ../nbs/89_drawing.ipynb #3a5b8cf6
+# %% ../nbs/89_drawing.ipynb #5c527572
 def settings_table(
     records:list[dict], # of one experiment
 )->Table: # a line a row, a column a setting that differs
@@ -69,17 +71,17 @@ def settings_table(
     rows = [{'row': r['row'], **({'x': r['x']} if any(q.get('x') is not None for q in first) else {}), **{k: v[i] for k, v in told.items() if k not in same}} for i, r in enumerate(first)]
     return Table(rows, 'in all rows: ' + ', '.join(f'{k} {_cell(v)}' for k, v in same.items()) + f"; seed{'s'*(len(seeds) > 1)} {', '.join(map(str, seeds))}")
 
-# %% ../nbs/89_drawing.ipynb #01e8a663
+# %% ../nbs/89_drawing.ipynb #175156a3
 FLAT = ('row', 'control', 'x', 'seed', 'auc', 'auc_low', 'auc_high', 'z_u', 'z_u_low', 'z_u_high', 'min_detectable_auc', 'verdict', 'fd', 'fd_label', 'kd', 'kd_se', 'empty', 'bits', 'loss', 'm', 'n', 'n_train')
 
-# %% ../nbs/89_drawing.ipynb #d780c829
+# %% ../nbs/89_drawing.ipynb #f5ae5cf2
 def flat_rows(
     records:list[dict], # of one experiment
 )->list[dict]: # the columns of `FLAT`, numbers and short texts only
     "Records without their lists: the numbers behind a figure."
     return [{k: r.get(k) for k in FLAT} for r in records]
 
-# %% ../nbs/89_drawing.ipynb #18994d3a
+# %% ../nbs/89_drawing.ipynb #feee9fcd
 def record_table(
     records:list[dict], # of one experiment
 )->Table: # a line a record
@@ -93,10 +95,10 @@ def record_table(
                 'm': r['m'], 'n': r['n'], 'without surface': r.get('empty')}
     return Table([line(r) for r in records])
 
-# %% ../nbs/89_drawing.ipynb #fa9a0a0c
+# %% ../nbs/89_drawing.ipynb #9d9f4b01
 DECIDABLE = .65   # smallest auc that must be within reach before a control is held to its truth
 
-# %% ../nbs/89_drawing.ipynb #9e0456b0
+# %% ../nbs/89_drawing.ipynb #053c3b9a
 def _as_planted(
     r:dict, # a control record
 )->str: # yes, no, or why it cannot be said
@@ -107,7 +109,7 @@ def _as_planted(
     if r['min_detectable_auc'] > DECIDABLE: return 'too few shapes to say'
     return 'yes, but for an alarm as one run in forty gives' if r['control'] == 'fresh' and not alarm else 'no'
 
-# %% ../nbs/89_drawing.ipynb #31e28a34
+# %% ../nbs/89_drawing.ipynb #a9939c32
 def control_table(
     records:list[dict], # of one experiment
 )->Table: # a line a control; `as planted` begins with yes, no or too few
@@ -116,7 +118,7 @@ def control_table(
     if not known: raise InputError('no control rows; expected records with control copies or fresh')
     return Table([{'control': r['row'], 'seed': r.get('seed'), 'planted': r['control'], 'auc [95 %]': f"{r['auc']:.3f} [{r['auc_low']:.3f}, {r['auc_high']:.3f}]", 'called': r['verdict'], 'as planted': _as_planted(r)} for r in known])
 
-# %% ../nbs/89_drawing.ipynb #ba23a2b4
+# %% ../nbs/89_drawing.ipynb #89268025
 def pooled(
     records:list[dict], # measured rows and controls
     level:float=.95,    # confidence
@@ -130,7 +132,7 @@ def pooled(
             out.append(dict(row=seeds[0]['row'], x=seeds[0].get('x'), control=seeds[0].get('control'), auc=c.estimate, low=c.low, high=c.high, seeds=seeds))
     return out
 
-# %% ../nbs/89_drawing.ipynb #4e631242
+# %% ../nbs/89_drawing.ipynb #f3108177
 SCALES = ('linear', 'log', 'rows')
 
 def _places(rows, scale)->list[float]: # where each row stands on the x-axis
@@ -140,18 +142,21 @@ def _places(rows, scale)->list[float]: # where each row stands on the x-axis
     if scale != 'rows' and lost: raise InputError(f"{lost[0]}: no x; expected a number, or scale='rows'")
     return list(range(len(rows))) if scale == 'rows' else [r['x'] for r in rows]
 
-# %% ../nbs/89_drawing.ipynb #57556c54
-def _label_axis(ax, rows, x, scale, label):
-    "Ticks where the rows are, so that nobody reads between them."
+# %% ../nbs/89_drawing.ipynb #6f73dcd8
+def _label_axis(ax, rows, x, scale, label, room=48):
+    "Ticks where the rows are, so that nobody reads between them; long names are broken into lines, of `room` letters together."
     if scale == 'log': ax.set_xscale('log')
-    crowded = len(x) > 4 or max(len(r['row']) for r in rows) > 12
-    if scale == 'rows': ax.set_xticks(x, [r['row'] for r in rows], rotation=25 if crowded else 0, ha='right' if crowded else 'center')
-    elif len(x) <= 10: ax.set_xticks(x, [f'{v:,.4g}' if abs(v) < 1e4 else f'{v:,.0f}' for v in x]); ax.minorticks_off()
-    if scale == 'rows': ax.set_xlim(-.5, len(x) - .5)
-    else: ax.margins(x=.12)
+    if scale == 'rows':
+        crowded = len(x) > 5
+        names = [r['row'] if crowded else textwrap.fill(r['row'], max(8, room//len(x))) for r in rows]
+        ax.set_xticks(x, names, rotation=30 if crowded else 0, ha='right' if crowded else 'center', fontsize=8 if room > 40 else 7, parse_math=False)
+        ax.set_xlim(-.5, len(x) - .5)
+    else:
+        if len(x) <= 10: ax.set_xticks(x, [f'{v:,.4g}' if abs(v) < 1e4 else f'{v:,.0f}' for v in x]); ax.minorticks_off()
+        ax.margins(x=.16)
     ax.set_xlabel(label)
 
-# %% ../nbs/89_drawing.ipynb #51d8837e
+# %% ../nbs/89_drawing.ipynb #a651d2a7
 BANDS = dict(copies=('////', 'copy'), fresh=('....', 'test'))
 MARKS = 'osv^Dp*'
 
@@ -161,16 +166,16 @@ def _draw_auc(ax, rows, controls, x, joined=True):
         hatch, color = BANDS[r['control']]
         ax.axhspan(r['low'], r['high'], facecolor='none', edgecolor=COLORS[color], hatch=hatch, alpha=.35, lw=0, zorder=0)
         ax.axhline(r['auc'], color=COLORS[color], lw=.8, ls='--', zorder=1)
-        ax.annotate(r['row'].removeprefix('control: '), (1, r['auc']), xycoords=('axes fraction', 'data'), xytext=(-2, 1), textcoords='offset points', ha='right', va='bottom', fontsize=7, color=COLORS[color])
+        ax.annotate(r['row'].removeprefix('control: '), (1, r['auc']), xycoords=('axes fraction', 'data'), xytext=(-2, 1), textcoords='offset points', ha='right', va='bottom', fontsize=7, color=COLORS[color], bbox=dict(fc='white', ec='none', alpha=.7, pad=.5), zorder=2)
     ax.axhline(.5, color=COLORS['ink'], lw=.8)
     a, low, high = np.array([[r['auc'], r['low'], r['high']] for r in rows]).T
     ax.errorbar(x, a, (a - low, high - a), fmt='D-' if joined else 'D', ms=4.5, lw=1, elinewidth=1.8, capsize=3, color=COLORS['gen'], zorder=3)
     for k in range(len(rows[0]['seeds']) if len(rows[0]['seeds']) > 1 else 0):
         aside = ax.transData + ScaledTranslation((5 + 4*k)/72, 0, ax.figure.dpi_scale_trans)
         ax.plot(x, [r['seeds'][k]['auc'] for r in rows], MARKS[k % len(MARKS)], ms=3.5, mfc='none', mec=COLORS['gen'], mew=.8, transform=aside, label=f"seed {rows[0]['seeds'][k].get('seed')}")
-    ax.set(ylabel='auc (0.5 = no copying, above = copying)', ylim=(min(.35, low.min() - .05), min(1.03, max([.75, high.max() + .05, *(r['high'] + .06 for r in controls)]))))
+    ax.set(ylabel='auc (above ½ = copying)', ylim=(min(.35, low.min() - .05), min(1.03, max([.75, high.max() + .05, *(r['high'] + .06 for r in controls)]))))
 
-# %% ../nbs/89_drawing.ipynb #16ee4d54
+# %% ../nbs/89_drawing.ipynb #e3822ec0
 def _z_scale(ax, rows):
     "Z_U on the right-hand side, where it is a function of auc: all rows with the same m and n."
     sizes = {(s['m'], s['n']) for r in rows for s in r['seeds']}
@@ -181,13 +186,13 @@ def _z_scale(ax, rows):
     right.set_ylabel(f'Z_U at m = {m:,}, n = {n:,} (below 0 = copying)', fontsize=7)
     return right
 
-# %% ../nbs/89_drawing.ipynb #040f86d7
-def _draw_quality(ax, rows, x, key, label, error=None, joined=True):
-    "One quality against x: the mean over seeds, the seeds hollow; a sentence where there is none."
+# %% ../nbs/89_drawing.ipynb #28db2bdd
+def _draw_quality(ax, rows, x, key, label, error=None, joined=True, none='too few shapes'):
+    "One quality against x: the mean over seeds, the seeds as lines; the words `none` where there is nothing to draw."
     known = [(at, [s[key] for s in r['seeds'] if s.get(key) is not None], [s.get(error) for s in r['seeds']]) for at, r in zip(x, rows)]
     known = [k for k in known if k[1]]
     if not known:
-        ax.text(.5, .5, 'too few shapes', transform=ax.transAxes, ha='center', va='center', fontsize=8, color=COLORS['test'])
+        ax.text(.5, .5, none, transform=ax.transAxes, ha='center', va='center', fontsize=8, color=COLORS['test'])
         ax.set(ylabel=label, yticks=[])
         return
     bar = [np.sqrt(sum((e or 0)**2 for e in es))/len(es) for _, _, es in known] if error else None
@@ -195,7 +200,7 @@ def _draw_quality(ax, rows, x, key, label, error=None, joined=True):
     for at, values, _ in known: len(values) > 1 and ax.plot([at]*len(values), values, '_', ms=7, color=COLORS['train'], alpha=.7)
     ax.set_ylabel(label); ax.margins(y=.2)
 
-# %% ../nbs/89_drawing.ipynb #ad0d349e
+# %% ../nbs/89_drawing.ipynb #7aa1db59
 def draw_rows(
     records:list[dict],    # of one experiment, controls among them
     xlabel:str,            # of the axis
@@ -206,16 +211,17 @@ def draw_rows(
     "The figure of an experiment. Raises InputError."
     rows = [r for r in pooled(records) if not r['control']]
     if scale != 'rows': rows.sort(key=lambda r: (r['x'] is None, r['x']))
-    x, labels = _places(rows, scale), {s.get('fd_label') for r in rows for s in r['seeds'] if s.get('fd') is not None}
+    x, labels = _places(rows, scale), {s['fd_label'] for r in rows for s in r['seeds'] if s.get('fd_label')}
     with paper_style():
         fig = Sheet(figsize=(7.6, 3.4), layout='constrained')
         grid = fig.add_gridspec(2, 2, width_ratios=(1.5, 1))
         left, top, low = fig.add_subplot(grid[:, 0]), fig.add_subplot(grid[0, 1]), fig.add_subplot(grid[1, 1])
         _draw_auc(left, rows, [r for r in pooled(records) if r['control']], x, scale != 'rows'); _z_scale(left, rows)
-        one_kind = len(labels) <= 1
-        _draw_quality(top, rows if one_kind else [], x, 'fd', next(iter(labels), 'FD') if one_kind else 'FD, of unlike kinds', joined=scale != 'rows')
-        _draw_quality(low, rows if one_kind else [], x, 'kd', 'kernel distance', 'kd_se', scale != 'rows')
-        for ax, label in ((left, xlabel), (top, ''), (low, xlabel)): _label_axis(ax, rows, x, scale, label)
+        one_kind, how = len(labels) <= 1, dict(joined=scale != 'rows', none='too few shapes' if len(labels) <= 1 else 'of unlike kinds: see the table')
+        _draw_quality(top, rows if one_kind else [], x, 'fd', next(iter(labels), 'FD') if one_kind else 'FD', **how)
+        _draw_quality(low, rows if one_kind else [], x, 'kd', 'kernel distance', 'kd_se', **how)
+        for ax, label, room in ((left, xlabel, 48), (top, '', 30), (low, xlabel, 30)): _label_axis(ax, rows, x, scale, label, room)
+        for ax in (top, low): ax.set_xlim(left.get_xlim())
         top.tick_params(labelbottom=False)
         if named and scale != 'rows':
             for at, r in zip(x, rows): left.annotate(r['row'], (at, r['high']), xytext=(0, 4), textcoords='offset points', ha='center', va='bottom', fontsize=7)
@@ -223,14 +229,14 @@ def draw_rows(
         if decision: fig.suptitle(f"{decision.numbers.get('claim') or ''}: {decision.word}".removeprefix(': '), fontsize=9, x=.01, ha='left')
     return fig
 
-# %% ../nbs/89_drawing.ipynb #4ea1b352
+# %% ../nbs/89_drawing.ipynb #4db76163
 def _image(item, color, size)->np.ndarray: # (h, w, 3) uint8
     "A mesh from the common camera, or a picture as it is; white where there is nothing to draw."
     if isinstance(item, np.ndarray): return item
     try: return _picture(check_mesh(*item), color, size, VIEW)
     except InputError: return np.full((size, size, 3), 255, np.uint8)
 
-# %% ../nbs/89_drawing.ipynb #3a66a657
+# %% ../nbs/89_drawing.ipynb #ea348445
 def draw_pairs(
     lines:list[tuple],   # (record, (generated, training, distances)) each, nearest first; meshes or pictures
     columns:int=4,       # pairs of each
@@ -247,5 +253,23 @@ def draw_pairs(
                 ax.imshow(_image(item, color, int(size*144)), extent=(.1*size + i*size, .1*size + (i + 1)*size, size + .16, .16), interpolation='antialiased', aspect='auto')
                 ax.set(xlim=box[0], ylim=box[1])
             as_near = np.mean(np.asarray(record['d_test']) <= near)
-            _caption(ax, 1.1*size, size + .17, f'{_number(near)}; {as_near:.0%} of held-out')
+            _caption(ax, 1.1*size, size + .17, f'{_number(near)}; {as_near:.0%} of held-out as near')
     return fig
+
+# %% ../nbs/89_drawing.ipynb #6a4f8ba0
+def folder_record(
+    folder:str|Path,     # with the folders gen, train and test in it; its name becomes the row
+    k:int=4,             # closest pairs
+    metric:str='lfd',    # as in `audit`
+    out:str|Path|None=None, # where the audit's own report and descriptions go; default: in the cache
+    n_jobs:int|None=None,# processes; default: all cores
+)->tuple[dict, tuple]: # a record; (generated meshes, training meshes, distances)
+    "Someone else's generator as a record. Raises InputError where a folder is missing or holds no mesh."
+    folder = Path(folder)
+    report = audit({folder.name: folder/'gen'}, folder/'train', folder/'test', out or cache_home('generators', folder.name), metric, n_jobs=n_jobs)
+    j, near = report[folder.name], report[folder.name].suspects('d1', k)
+    z, kernel = j.zu.to_dict(), j.fd.kernel
+    record = dict(row=folder.name, x=None, seed=0, control=None, m=z['m'], n=z['n'], n_train=len(report.train.ids), d_gen=[r['d1'] for r in j.rows], d_test=[r['d1'] for r in report.test_rows], gen_ids=[r['id'] for r in j.rows],
+                  test_ids=[f"{folder.name}: {r['id']}" for r in report.test_rows], **{f'{x}{y}': v for x in ('auc', 'z_u') for y, v in zip(('', '_low', '_high'), (z[x], *z[f'{x}_ci']))}, min_detectable_auc=z['min_detectable_auc'], verdict=j.verdict,
+                  verdict_text=j.verdict_text, fd=j.fd.fd if j.fd.fd_corrected is None else j.fd.fd_corrected, fd_label=j.fd.label, kd=kernel and kernel.value, kd_se=kernel and kernel.se, empty=len(j.shapes.failures), preset={}, protocol=dict(distance=metric), data='folder of meshes', provenance=report.stamp)
+    return record, ([j.shapes.mesh(r['id']) for r in near], [report.train.mesh(r['neighbour']) for r in near], [r['d1'] for r in near])
