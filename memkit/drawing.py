@@ -6,7 +6,7 @@
 __all__ = ['FLAT', 'DECIDABLE', 'SCALES', 'BANDS', 'MARKS', 'Table', 'split_controls', 'settings_table', 'flat_rows',
            'record_table', 'control_table', 'pooled', 'draw_rows', 'draw_pairs', 'folder_record']
 
-# %% ../nbs/89_drawing.ipynb #72bbb77f
+# %% ../nbs/89_drawing.ipynb #5f30983e
 import math, textwrap
 from html import escape
 from pathlib import Path
@@ -21,7 +21,7 @@ from .mesh import check_mesh
 from .show import COLORS, NEIGHBOUR, QUERY, VIEW, Sheet, _caption, _number, _picture, _place, _sheet, paper_style
 from .zu import auc_interval
 
-# %% ../nbs/89_drawing.ipynb #ad73a24c
+# %% ../nbs/89_drawing.ipynb #0b2a24cc
 def _cell(v)->str: # what a reader sees
     "A value of a table as text."
     if v is None: return '–'
@@ -29,7 +29,7 @@ def _cell(v)->str: # what a reader sees
     if isinstance(v, (float, np.floating)): return f'{v:.4g}' if abs(v) < 1e5 else f'{v:,.0f}'
     return f'{v:,}' if isinstance(v, (int, np.integer)) else str(v)
 
-# %% ../nbs/89_drawing.ipynb #a821a5a1
+# %% ../nbs/89_drawing.ipynb #57e7b01c
 class Table(list):
     "A list of dicts, one a row, all with the same keys; shows itself as a table, with an optional `note` below it."
     def __init__(self, rows=(), note=''): super().__init__(rows); self.note = note
@@ -42,63 +42,64 @@ class Table(list):
         row = lambda line, tag: '<tr>' + ''.join(f'<{tag} style="text-align:left">{t}</{tag}>' for t in line) + '</tr>'
         return f'<table><thead>{row(head, "th")}</thead><tbody>{"".join(row(b, "td") for b in body)}</tbody></table>' + (f'<p><small>{escape(self.note)}</small></p>' if self.note else '')
 
-# %% ../nbs/89_drawing.ipynb #26b30f92
+# %% ../nbs/89_drawing.ipynb #8b206d33
 def split_controls(
     records:list[dict], # of one experiment
 )->tuple[list[dict], list[dict]]: # what was asked about, and what is known
     "Measured rows and control rows."
     return [r for r in records if not r.get('control')], [r for r in records if r.get('control')]
 
-# %% ../nbs/89_drawing.ipynb #d1c1e192
+# %% ../nbs/89_drawing.ipynb #7942830e
 def _brief(v)->str|int|float|None: # short enough for a cell
     "A setting in a few words."
     if isinstance(v, dict): v = [f'{k} {x}' for k, x in v.items()]
     if not isinstance(v, (list, tuple)): return v
     return ', '.join(map(str, v)) if len(v) <= 4 else f'{len(v)}: {v[0]} … {v[-1]}'
 
-# %% ../nbs/89_drawing.ipynb #5c527572
+# %% ../nbs/89_drawing.ipynb #a7bf5ff1
 def settings_table(
     records:list[dict], # of one experiment
 )->Table: # a line a row, a column a setting that differs
-    "What was run: the preset and protocol of each row."
-    first = [r for i, r in enumerate(records) if r['row'] not in [q['row'] for q in records[:i]]]
+    "What was run: the preset and protocol of each measured row."
+    asked = split_controls(records)[0]
+    first = [r for i, r in enumerate(asked) if r['row'] not in [q['row'] for q in asked[:i]]]
     known = [{**(r.get('protocol') or {}), **(r.get('preset') or {}), **{k: r.get(k) for k in ('m', 'n', 'n_train', 'bits')}} for r in first]
-    keys = list(dict.fromkeys(k for s in known for k in s))
+    keys = [k for k in dict.fromkeys(k for s in known for k in s) if k not in ('row', 'x')]
     told = {k: [_brief(s.get(k)) for s in known] for k in keys}
     told = {k: v for k, v in told.items() if any(x is not None for x in v)}
     same = {k: v[0] for k, v in told.items() if all(x == v[0] for x in v)}
-    seeds = sorted({r.get('seed') or 0 for r in records})
+    seeds = sorted({r.get('seed') or 0 for r in asked})
     rows = [{'row': r['row'], **({'x': r['x']} if any(q.get('x') is not None for q in first) else {}), **{k: v[i] for k, v in told.items() if k not in same}} for i, r in enumerate(first)]
     return Table(rows, 'in all rows: ' + ', '.join(f'{k} {_cell(v)}' for k, v in same.items()) + f"; seed{'s'*(len(seeds) > 1)} {', '.join(map(str, seeds))}")
 
-# %% ../nbs/89_drawing.ipynb #175156a3
-FLAT = ('row', 'control', 'x', 'seed', 'auc', 'auc_low', 'auc_high', 'z_u', 'z_u_low', 'z_u_high', 'min_detectable_auc', 'verdict', 'fd', 'fd_label', 'kd', 'kd_se', 'empty', 'bits', 'loss', 'm', 'n', 'n_train')
+# %% ../nbs/89_drawing.ipynb #cf93f17a
+FLAT = ('row', 'control', 'x', 'seed', 'auc', 'auc_low', 'auc_high', 'z_u', 'z_u_low', 'z_u_high', 'min_detectable_auc', 'verdict', 'fd', 'fd_corrected', 'fd_label', 'kd', 'kd_se', 'empty', 'bits', 'loss', 'm', 'n', 'n_train')
 
-# %% ../nbs/89_drawing.ipynb #f5ae5cf2
+# %% ../nbs/89_drawing.ipynb #553021d2
 def flat_rows(
     records:list[dict], # of one experiment
 )->list[dict]: # the columns of `FLAT`, numbers and short texts only
     "Records without their lists: the numbers behind a figure."
     return [{k: r.get(k) for k in FLAT} for r in records]
 
-# %% ../nbs/89_drawing.ipynb #feee9fcd
+# %% ../nbs/89_drawing.ipynb #819c42ff
 def record_table(
     records:list[dict], # of one experiment
 )->Table: # a line a record
     "What came out, for a reader."
-    labels = {r.get('fd_label') for r in records}
+    labels = {r.get('fd_label') for r in records if r.get('fd') is not None}
     def line(r):
-        kd = r.get('kd')
-        fd = {labels.copy().pop() or 'FD': r.get('fd')} if len(labels) == 1 else {'FD': None if r.get('fd') is None else f"{r['fd_label']} {r['fd']:.4g}"}
+        kd, value = r.get('kd'), None if r.get('fd') is None else f"{r['fd']:.4g}" + ', uncorrected'*(r.get('fd_corrected') is False)
+        fd = {next(iter(labels)) or 'FD': value} if len(labels) == 1 else {'FD': value and f"{r['fd_label']} {value}"}
         return {'row': r['row'], 'seed': r.get('seed'), 'auc [95 %]': f"{r['auc']:.3f} [{r['auc_low']:.3f}, {r['auc_high']:.3f}]", 'Z_U [95 %]': f"{r['z_u']:+.2f} [{r['z_u_low']:+.2f}, {r['z_u_high']:+.2f}]",
                 'found from auc': f"{r['min_detectable_auc']:.3f}", 'verdict': r['verdict'], **fd, 'kernel': None if kd is None else f'{kd:.3g}' + (f" ± {r['kd_se']:.1g}" if r.get('kd_se') is not None else ''),
                 'm': r['m'], 'n': r['n'], 'without surface': r.get('empty')}
     return Table([line(r) for r in records])
 
-# %% ../nbs/89_drawing.ipynb #9d9f4b01
+# %% ../nbs/89_drawing.ipynb #5f8463e3
 DECIDABLE = .65   # smallest auc that must be within reach before a control is held to its truth
 
-# %% ../nbs/89_drawing.ipynb #053c3b9a
+# %% ../nbs/89_drawing.ipynb #d0d19018
 def _as_planted(
     r:dict, # a control record
 )->str: # yes, no, or why it cannot be said
@@ -109,7 +110,7 @@ def _as_planted(
     if r['min_detectable_auc'] > DECIDABLE: return 'too few shapes to say'
     return 'yes, but for an alarm as one run in forty gives' if r['control'] == 'fresh' and not alarm else 'no'
 
-# %% ../nbs/89_drawing.ipynb #a9939c32
+# %% ../nbs/89_drawing.ipynb #ca223e71
 def control_table(
     records:list[dict], # of one experiment
 )->Table: # a line a control; `as planted` begins with yes, no or too few
@@ -118,7 +119,7 @@ def control_table(
     if not known: raise InputError('no control rows; expected records with control copies or fresh')
     return Table([{'control': r['row'], 'seed': r.get('seed'), 'planted': r['control'], 'auc [95 %]': f"{r['auc']:.3f} [{r['auc_low']:.3f}, {r['auc_high']:.3f}]", 'called': r['verdict'], 'as planted': _as_planted(r)} for r in known])
 
-# %% ../nbs/89_drawing.ipynb #89268025
+# %% ../nbs/89_drawing.ipynb #fec9d58e
 def pooled(
     records:list[dict], # measured rows and controls
     level:float=.95,    # confidence
@@ -132,7 +133,7 @@ def pooled(
             out.append(dict(row=seeds[0]['row'], x=seeds[0].get('x'), control=seeds[0].get('control'), auc=c.estimate, low=c.low, high=c.high, seeds=seeds))
     return out
 
-# %% ../nbs/89_drawing.ipynb #f3108177
+# %% ../nbs/89_drawing.ipynb #8971275f
 SCALES = ('linear', 'log', 'rows')
 
 def _places(rows, scale)->list[float]: # where each row stands on the x-axis
@@ -142,7 +143,7 @@ def _places(rows, scale)->list[float]: # where each row stands on the x-axis
     if scale != 'rows' and lost: raise InputError(f"{lost[0]}: no x; expected a number, or scale='rows'")
     return list(range(len(rows))) if scale == 'rows' else [r['x'] for r in rows]
 
-# %% ../nbs/89_drawing.ipynb #6f73dcd8
+# %% ../nbs/89_drawing.ipynb #d91fc58a
 def _label_axis(ax, rows, x, scale, label, room=48):
     "Ticks where the rows are, so that nobody reads between them; long names are broken into lines, of `room` letters together."
     if scale == 'log': ax.set_xscale('log')
@@ -156,7 +157,7 @@ def _label_axis(ax, rows, x, scale, label, room=48):
         ax.margins(x=.16)
     ax.set_xlabel(label)
 
-# %% ../nbs/89_drawing.ipynb #a651d2a7
+# %% ../nbs/89_drawing.ipynb #718dbea7
 BANDS = dict(copies=('////', 'copy'), fresh=('....', 'test'))
 MARKS = 'osv^Dp*'
 
@@ -175,7 +176,7 @@ def _draw_auc(ax, rows, controls, x, joined=True):
         ax.plot(x, [r['seeds'][k]['auc'] for r in rows], MARKS[k % len(MARKS)], ms=3.5, mfc='none', mec=COLORS['gen'], mew=.8, transform=aside, label=f"seed {rows[0]['seeds'][k].get('seed')}")
     ax.set(ylabel='auc (above ½ = copying)', ylim=(min(.35, low.min() - .05), min(1.03, max([.75, high.max() + .05, *(r['high'] + .06 for r in controls)]))))
 
-# %% ../nbs/89_drawing.ipynb #e3822ec0
+# %% ../nbs/89_drawing.ipynb #b8647afa
 def _z_scale(ax, rows):
     "Z_U on the right-hand side, where it is a function of auc: all rows with the same m and n."
     sizes = {(s['m'], s['n']) for r in rows for s in r['seeds']}
@@ -186,7 +187,7 @@ def _z_scale(ax, rows):
     right.set_ylabel(f'Z_U at m = {m:,}, n = {n:,} (below 0 = copying)', fontsize=7)
     return right
 
-# %% ../nbs/89_drawing.ipynb #28db2bdd
+# %% ../nbs/89_drawing.ipynb #5aef937a
 def _draw_quality(ax, rows, x, key, label, error=None, joined=True, none='too few shapes'):
     "One quality against x: the mean over seeds, the seeds as lines; the words `none` where there is nothing to draw."
     known = [(at, [s[key] for s in r['seeds'] if s.get(key) is not None], [s.get(error) for s in r['seeds']]) for at, r in zip(x, rows)]
@@ -200,7 +201,7 @@ def _draw_quality(ax, rows, x, key, label, error=None, joined=True, none='too fe
     for at, values, _ in known: len(values) > 1 and ax.plot([at]*len(values), values, '_', ms=7, color=COLORS['train'], alpha=.7)
     ax.set_ylabel(label); ax.margins(y=.2)
 
-# %% ../nbs/89_drawing.ipynb #7aa1db59
+# %% ../nbs/89_drawing.ipynb #8d2cd5b6
 def draw_rows(
     records:list[dict],    # of one experiment, controls among them
     xlabel:str,            # of the axis
@@ -211,14 +212,15 @@ def draw_rows(
     "The figure of an experiment. Raises InputError."
     rows = [r for r in pooled(records) if not r['control']]
     if scale != 'rows': rows.sort(key=lambda r: (r['x'] is None, r['x']))
-    x, labels = _places(rows, scale), {s['fd_label'] for r in rows for s in r['seeds'] if s.get('fd_label')}
+    x, labels = _places(rows, scale), {s.get('fd_label') or '' for r in rows for s in r['seeds'] if s.get('fd') is not None or s.get('kd') is not None}
     with paper_style():
         fig = Sheet(figsize=(7.6, 3.4), layout='constrained')
         grid = fig.add_gridspec(2, 2, width_ratios=(1.5, 1))
         left, top, low = fig.add_subplot(grid[:, 0]), fig.add_subplot(grid[0, 1]), fig.add_subplot(grid[1, 1])
         _draw_auc(left, rows, [r for r in pooled(records) if r['control']], x, scale != 'rows'); _z_scale(left, rows)
-        one_kind, how = len(labels) <= 1, dict(joined=scale != 'rows', none='too few shapes' if len(labels) <= 1 else 'of unlike kinds: see the table')
-        _draw_quality(top, rows if one_kind else [], x, 'fd', next(iter(labels), 'FD') if one_kind else 'FD', **how)
+        one_kind, raw = len(labels) <= 1, any(s.get('fd_corrected') is False for r in rows for s in r['seeds'])
+        how, kind = dict(joined=scale != 'rows', none='too few shapes' if one_kind else 'of unlike kinds: see the table'), (next(iter(labels)) if len(labels) == 1 else '') or 'FD'
+        _draw_quality(top, rows if one_kind else [], x, 'fd', kind + raw*', raw', **how)
         _draw_quality(low, rows if one_kind else [], x, 'kd', 'kernel distance', 'kd_se', **how)
         for ax, label, room in ((left, xlabel, 48), (top, '', 30), (low, xlabel, 30)): _label_axis(ax, rows, x, scale, label, room)
         for ax in (top, low): ax.set_xlim(left.get_xlim())
@@ -229,14 +231,14 @@ def draw_rows(
         if decision: fig.suptitle(f"{decision.numbers.get('claim') or ''}: {decision.word}".removeprefix(': '), fontsize=9, x=.01, ha='left')
     return fig
 
-# %% ../nbs/89_drawing.ipynb #4db76163
+# %% ../nbs/89_drawing.ipynb #6acacd1f
 def _image(item, color, size)->np.ndarray: # (h, w, 3) uint8
     "A mesh from the common camera, or a picture as it is; white where there is nothing to draw."
     if isinstance(item, np.ndarray): return item
     try: return _picture(check_mesh(*item), color, size, VIEW)
     except InputError: return np.full((size, size, 3), 255, np.uint8)
 
-# %% ../nbs/89_drawing.ipynb #ea348445
+# %% ../nbs/89_drawing.ipynb #c8f4f02a
 def draw_pairs(
     lines:list[tuple],   # (record, (generated, training, distances)) each, nearest first; meshes or pictures
     columns:int=4,       # pairs of each
@@ -256,7 +258,7 @@ def draw_pairs(
             _caption(ax, 1.1*size, size + .17, f'{_number(near)}; {as_near:.0%} of held-out as near')
     return fig
 
-# %% ../nbs/89_drawing.ipynb #6a4f8ba0
+# %% ../nbs/89_drawing.ipynb #5c486fc7
 def folder_record(
     folder:str|Path,     # with the folders gen, train and test in it; its name becomes the row
     k:int=4,             # closest pairs
@@ -271,5 +273,5 @@ def folder_record(
     z, kernel = j.zu.to_dict(), j.fd.kernel
     record = dict(row=folder.name, x=None, seed=0, control=None, m=z['m'], n=z['n'], n_train=len(report.train.ids), d_gen=[r['d1'] for r in j.rows], d_test=[r['d1'] for r in report.test_rows], gen_ids=[r['id'] for r in j.rows],
                   test_ids=[f"{folder.name}: {r['id']}" for r in report.test_rows], **{f'{x}{y}': v for x in ('auc', 'z_u') for y, v in zip(('', '_low', '_high'), (z[x], *z[f'{x}_ci']))}, min_detectable_auc=z['min_detectable_auc'], verdict=j.verdict,
-                  verdict_text=j.verdict_text, fd=j.fd.fd if j.fd.fd_corrected is None else j.fd.fd_corrected, fd_label=j.fd.label, kd=kernel and kernel.value, kd_se=kernel and kernel.se, empty=len(j.shapes.failures), preset={}, protocol=dict(distance=metric), data='folder of meshes', provenance=report.stamp)
+                  verdict_text=j.verdict_text, fd=j.fd.fd if j.fd.fd_corrected is None else j.fd.fd_corrected, fd_corrected=j.fd.fd_corrected is not None, fd_label=j.fd.label, kd=kernel and kernel.value, kd_se=kernel and kernel.se, empty=len(j.shapes.failures), preset={}, protocol=dict(distance=metric), data='folder of meshes', provenance=report.stamp)
     return record, ([j.shapes.mesh(r['id']) for r in near], [report.train.mesh(r['neighbour']) for r in near], [r['d1'] for r in near])
