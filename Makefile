@@ -47,6 +47,8 @@ gpu-bench: $(READY) ## the rows of the benchmarks that need a CUDA GPU
 	$(BIN)/python benchmarks/bench_retrieval.py --device cuda --max-gb 4
 	$(BIN)/python benchmarks/bench_lfd_batch.py --device cuda
 	$(BIN)/python benchmarks/bench_dit.py --device cuda
+	$(BIN)/python benchmarks/bench_decode.py --device cuda
+	$(BIN)/python benchmarks/bench_lfd_equality.py
 
 clean: ## remove the environment
 	rm -rf $(VENV)
