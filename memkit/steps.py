@@ -86,6 +86,24 @@ def _module_code(
     stat = os.stat(spec.origin)
     return _read_code(spec.origin, module.rpartition('.')[0], stat.st_size, stat.st_mtime_ns)
 
+# %% ../nbs/70_steps.ipynb #349ae68e
+@functools.lru_cache(None)
+def _mentions(
+    node:ast.AST, # a piece
+    package:str,  # it belongs to
+)->tuple: # names and texts in it, what it imports from memkit
+    "What a piece may refer to; looked up once, because every function reaches most of the package."
+    said = [n.id if isinstance(n, ast.Name) else n.value for n in ast.walk(node) if isinstance(n, ast.Name) or isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    return frozenset(said), _memkit_imports(node, package)
+
+# %% ../nbs/70_steps.ipynb #1c93e3bb
+@functools.lru_cache(None)
+def _text(
+    node:ast.AST, # a piece
+)->str:
+    "The source of a piece."
+    return ast.unparse(node)
+
 # %% ../nbs/70_steps.ipynb #57554d7e
 def _reached(
     starts:list,    # (module, name) where the code begins
@@ -95,10 +113,9 @@ def _reached(
     "Every definition that code can reach by name."
     found, todo = {}, list(starts)
     def follow(module, pieces, code):
-        for n in (x for p in pieces for x in ast.walk(p)):
-            name = n.id if isinstance(n, ast.Name) else n.value if isinstance(n, ast.Constant) and isinstance(n.value, str) else None
-            if name in code.defined or name in code.imported: todo.append((module, name))
-        for p in pieces: todo.extend((m, there) for _, m, there in _memkit_imports(p, code.package))
+        for names, imports in (_mentions(p, code.package) for p in pieces):
+            todo.extend((module, n) for n in names if n in code.defined or n in code.imported)
+            todo.extend((m, there) for _, m, there in imports)
     if nodes: follow(home, nodes, _Code({}, {}, [], ''))
     while todo:
         module, name = todo.pop()
@@ -118,7 +135,7 @@ def _version(function, *changed)->tuple: # fingerprint, modules that it depends 
     module, _, name = function.partition(':')
     found = _reached([(module, name)])
     if not found[module, name] and name not in _module_code(module).imported: raise InputError(f'{function}: {module} defines no {name!r}; expected module:function')
-    return sha256_of(json.dumps(sorted((m, n, [ast.unparse(p) for p in pieces]) for (m, n), pieces in found.items()))), {m for m, _ in found}
+    return sha256_of(json.dumps(sorted((m, n, [_text(p) for p in pieces]) for (m, n), pieces in found.items()))), {m for m, _ in found}
 
 # %% ../nbs/70_steps.ipynb #e111286f
 def code_version(
