@@ -33,7 +33,7 @@ def _device(name:str)->str:
     if name.startswith('cuda') and not torch.cuda.is_available(): raise InputError(f'device {name}: PyTorch sees no GPU here; expected one for this profile, or a profile of the processor (smoke, laptop)')
     return name
 
-# %% ../nbs/72_stages.ipynb #3c0222ed
+# %% ../nbs/72_stages.ipynb #2a592ca7
 POINTS = 192 # surface points that the small autoencoder reads
 
 def train_autoencoder(
@@ -41,6 +41,7 @@ def train_autoencoder(
     shapes:int,  # built-in shapes to learn from
     steps:int,   # of the recipe 'tiny'
     seed:int, device:str,
+    judged:int=32, # shapes of each set on which it is judged
 )->dict: # IoU on its own shapes, and on training and held-out ones it has not seen
     "An autoencoder for the built-in shapes."
     from memkit.autoencoder import ShapeSamples, reconstruction_iou, train_vecset
@@ -49,8 +50,8 @@ def train_autoencoder(
         samples = ShapeSamples(take_shapes('autoencoder', shapes), **_tiny_data(), pool=pool)
         vecset, run = train_vecset(samples, out/'run', verbose=False, steps=steps, seed=seed, sample_every=0, tensorboard=False, save_every=max(1, min(250, steps//4)))
         _device(device)
-        iou = {k: reconstruction_iou(vecset, ShapeSamples(take_shapes(k, 32), **_tiny_data(), pool=pool), n=20_000) for k in ('train', 'test')}
-        iou['own'] = reconstruction_iou(vecset, samples, which=range(min(32, len(samples))), n=20_000)
+        iou = {k: reconstruction_iou(vecset, ShapeSamples(take_shapes(k, judged), **_tiny_data(), pool=pool), n=20_000) for k in ('train', 'test')}
+        iou['own'] = reconstruction_iou(vecset, samples, which=range(min(judged, len(samples))), n=20_000)
     write_json(out/'curve.json', run.history)
     vecset.cpu().save_pretrained(out/'vecset')
     shutil.rmtree(out/'run')
