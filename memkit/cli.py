@@ -193,7 +193,7 @@ def reproduce(
     jobs: Annotated[Optional[int], typer.Option(min=1, help='Steps at a time, which share the cores; default: one a core, 1 where a GPU is used.')] = None,
     dry_run: Annotated[bool, typer.Option('--dry-run', help='Only print what would run, and how long it will take.')] = False,
     resume: Annotated[bool, typer.Option('--resume', help='Says what is always so: the same command goes on where it was interrupted, and redoes only what has changed.')] = False,
-    limit_seconds: Annotated[float, typer.Option(min=1, help='A step that takes longer is stopped; training may go on with the same command.')] = 7200.,
+    limit_seconds: Annotated[Optional[float], typer.Option(min=1, help='A step that takes longer is stopped; training goes on with the same command. Default: two hours, or ten times what a long step costs.')] = None,
     limit_gb: Annotated[Optional[float], typer.Option(min=.01, help="A step that needs more memory is ended. Default: nine tenths of the machine's.")] = None,
 ):
     """Regenerate tables and figures: runs the paper notebooks of a checkout, and what they need first, into figures/PROFILE.

@@ -52,6 +52,10 @@ def _end(
         if patience: family[0].terminate(); psutil.wait_procs(family[:1], timeout=patience)
     for p in family:
         with contextlib.suppress(psutil.NoSuchProcess): p.kill()
+    until = time.monotonic() + 5
+    for p in family: # those that nobody has buried yet are as good as gone
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while p.is_running() and p.status() != 'zombie' and time.monotonic() < until: time.sleep(.01)
 
 # %% ../nbs/90_isolated.ipynb #3c4a735a
 _BUSY = 'another process is working on it'
@@ -64,8 +68,8 @@ def _child(step):
         _end(_family(os.getpid())[::-1]) # itself last
     threading.Thread(target=listen, daemon=True).start()
     try:
-        if step_running(step) and not step_done(step): raise StepFailed(_BUSY)
         if dataclasses.replace(step).key != step.key: raise InputError('its code was changed after the plan was made; the same command plans anew')
+        if step_running(step) and not step_done(step): raise StepFailed(_BUSY) # looked up last, next to taking the lock
         run_step(step)
         said = ''
     except BaseException as e:
@@ -105,7 +109,7 @@ def _most_memory()->float:
 @dataclass
 class Limits:
     "What one step may use. The same command goes on where a step was stopped."
-    seconds:float = 7200.   # wall clock
+    seconds:float|None = None # wall clock; None: two hours, or ten times the cost of a step that is known to be long
     gigabytes:float = field(default_factory=_most_memory) # resident memory of its processes together
     stalled:float = 900.    # seconds with next to no processor time
     threads:int = 1
@@ -163,6 +167,7 @@ def run_isolated(
 )->str: # why it failed; empty when its folder is there
     "Run a step in a process of its own. A step that another process is working on is waited for."
     stop, limits = stop or threading.Event(), limits or Limits()
+    limits = dataclasses.replace(limits, seconds=limits.seconds or max(7200., 10*step.cost))
     said = _BUSY
     while said == _BUSY:
         while step_running(step) and not step_done(step) and not stop.wait(.3): tick()

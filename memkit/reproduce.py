@@ -8,15 +8,13 @@ __all__ = ['paper_notebooks', 'NotebookFailed', 'run_notebook', 'notebook_code_v
            'StepResult', 'run_graph', 'default_jobs', 'reproduce']
 
 # %% ../nbs/91_reproduce.ipynb #875e26ad
-import ast, contextlib, functools, importlib, json, os, re, shutil, signal, statistics, sys, threading, time
+import ast, contextlib, json, os, re, shutil, signal, statistics, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from . import report
 from .core import InputError, cache_home, load_profile, progress, project_root, sha256_of
 from .isolated import Limits, StepFailed, describe_failure, run_isolated, step_log
-from .report import figure_folder
 from .steps import Step, _locked, _reached, all_steps, cost_scales, missing_steps, run_step, step_done, step_running
 from .weights import Lazy
 from .workers import count_jobs, describe_error
@@ -94,11 +92,8 @@ def notebook_inputs(
     profile:str, # a section of settings.ini
 )->list: # of Step; empty for a notebook that computes all of it itself
     "The steps that a paper notebook reads."
-    try: experiment = importlib.import_module('memkit.experiment')
-    except ModuleNotFoundError as e:
-        if e.name != 'memkit.experiment': raise
-        return []
-    return experiment.notebook_steps(name, profile)
+    from memkit.experiment import notebook_steps
+    return notebook_steps(name, profile)
 
 # %% ../nbs/91_reproduce.ipynb #03aadf30
 def notebook_step(
@@ -132,12 +127,12 @@ def draw_figures(
     "Execute a paper notebook into a folder. Raises NotebookFailed, InputError when memkit's code is not the planned one any more."
     if code != notebook_code_version([c['source'] for c in notebook['cells'] if c['cell_type'] == 'code']): raise InputError('the code that it uses was changed after the plan was made; the same command plans anew')
     for leftover in out.iterdir(): shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    for part in ('work', 'figures'): (out/part).mkdir()
+    made = out/'figures'/profile
+    for part in (out/'work', made): part.mkdir(parents=True)
     source = out/'work'/f'{name}.ipynb'
     source.write_text(json.dumps(notebook), encoding='utf-8')
     os.environ['MEMKIT_FIGURES'] = str(out/'figures')
     run_notebook(source, out/f'{name}.ipynb', profile=profile)
-    made = figure_folder(profile, out/'figures')
     os.replace(out/f'{name}.ipynb', made/f'{name}.ipynb')
     for file in made.iterdir(): os.replace(file, out/file.name)
     shutil.rmtree(out/'work'); shutil.rmtree(out/'figures')
@@ -342,13 +337,17 @@ def reproduce(
 )->list: # of StepResult: the steps that ran, and the notebooks that need not
     "Bring the figures of paper notebooks up to date. Raises InputError for an unknown name, profile or number; StepFailed, at the end, with a line for each thing that failed."
     jobs, plan = default_jobs(jobs, profile), make_plan(ids, profile, folder)
-    display, figures = _Display(plan, jobs), figure_folder(profile, root)
+    display = _Display(plan, jobs)
     def after(step):
-        if plan.notebooks.get(step.params.get('name')) == step: place_figures(step, figures)
+        if plan.notebooks.get(step.params.get('name')) != step: return
+        from memkit.report import figure_folder # slow to import, so not before it is needed
+        place_figures(step, figure_folder(profile, root))
     steps = plan.todo + [s for s in plan.notebooks.values() if s not in plan.seconds]
     with _signals_interrupt(), display.bar: results = run_graph(steps, jobs, replace(limits or Limits(), threads=max(1, count_jobs(None)//jobs)), after, display)
     results += [StepResult(name, 'failed', why=why) for name, why in plan.unusable.items()]
-    try: getattr(report, 'write_report', lambda *a: None)(profile, root)
+    try:
+        from memkit.report import write_report
+        write_report(profile, root)
     except Exception as e: results.append(StepResult('report', 'failed', why=describe_failure(e)))
     if wrong := [r for r in results if r.status not in ('done', 'kept')]:
         raise StepFailed('\n'.join([*map(str, wrong), f'{len(wrong)} of {len(results)} steps gave no result; the same command tries them again']))
