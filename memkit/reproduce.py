@@ -8,7 +8,7 @@ __all__ = ['paper_notebooks', 'NotebookFailed', 'run_notebook', 'notebook_code_v
            'StepResult', 'run_graph', 'default_jobs', 'reproduce']
 
 # %% ../nbs/91_reproduce.ipynb #875e26ad
-import ast, contextlib, json, os, re, shutil, signal, statistics, sys, threading, time
+import ast, contextlib, json, os, re, shutil, signal, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -153,12 +153,12 @@ def expected_seconds(
     steps:list, # of Step
 )->dict: # Step → seconds
     "How long steps will take here."
-    scales, same = cost_scales(), {}
+    scales, same, total = cost_scales(), {}, [0., 0.]
     for path in sorted(cache_home('steps', 'log').glob('*.json'), key=lambda p: p.stat().st_mtime):
         with contextlib.suppress(ValueError, OSError):
             r = json.loads(path.read_text(encoding='utf-8'))
-            if r['whole']: same[r['function'], r['label'], r['cost']] = r['seconds']
-    usual = statistics.median(scales.values()) if scales else 1.
+            if r['whole']: same[r['function'], r['label'], r['cost']], total = r['seconds'], [total[0] + r['seconds'], total[1] + r['cost']]
+    usual = total[0]/total[1] if total[1] > 60 else 1. # a few quick steps say little
     return {s: same.get((s.function, str(s), s.cost), s.cost*scales.get(s.function, usual)) for s in steps}
 
 # %% ../nbs/91_reproduce.ipynb #acecbe94
