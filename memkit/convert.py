@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'MERGED', 'SUFFIXES', 'RELEASED', 'FILES', 'plain_name', 'part_of', 'Checkpoint', 'split_parts',
-           'read_shards', 'deepspeed_states', 'find_checkpoint', 'read_checkpoint', 'dit_sizes', 'fetch_checkpoint',
-           'vecset_of', 'name_of_sizes', 'conditioner_of', 'new_folder', 'build_parts', 'describe_part', 'convert',
-           'open_pipeline', 'open_vecset']
+           'read_shards', 'deepspeed_states', 'own_folder', 'find_checkpoint', 'read_checkpoint', 'dit_sizes',
+           'fetch_checkpoint', 'vecset_of', 'name_of_sizes', 'conditioner_of', 'new_folder', 'build_parts',
+           'describe_part', 'convert', 'open_pipeline', 'open_vecset']
 
 # %% ../nbs/64_convert.ipynb #a6b11044
 import contextlib, json, math, re, shutil, tempfile
@@ -111,6 +111,18 @@ def deepspeed_states(
         raise InputError(f'{folder.name}: a DeepSpeed folder without mp_rank_00_model_states.pt; expected that file, or the merge that zero_to_fp32.py writes')
     return found[0] if found else None
 
+# %% ../nbs/64_convert.ipynb #e9d3801b
+def own_folder(
+    path:Path, # a folder
+)->str|None: # what memkit wrote there and what follows; None for a folder of another code
+    "What a folder of memkit is, for a message."
+    if (path/'model_index.json').is_file(): return 'a model of memkit already, nothing to convert'
+    if not (path/'checkpoints').is_dir() or not (path/'config.json').is_file(): return None
+    made = json.loads((path/'config.json').read_text(encoding='utf-8'))
+    if made.get('kind') != 'denoiser' and 'vecset' not in made: return None
+    if made.get('kind') == 'denoiser' or not (path/'vecset').is_dir(): return 'a training run that has not ended; the same command goes on with it'
+    return 'a run of `memkit train autoencoder`, which draws nothing by itself; `memkit encode` and `memkit train denoiser` make a model of it'
+
 # %% ../nbs/64_convert.ipynb #97ba352e
 MERGED = ('model.safetensors', 'diffusion_pytorch_model.safetensors', 'pytorch_model.bin') # names under which whole networks are stored
 SUFFIXES = ('.safetensors', '.ckpt', '.pth', '.pt', '.bin')
@@ -128,6 +140,7 @@ def find_checkpoint(
     if len(found) == 1: return 'file', found[0]
     inside = sorted(p.relative_to(path).as_posix() for p in path.rglob('*') if p.is_file() and (p.suffix in SUFFIXES or p.name.endswith('.index.json')))
     if not inside: raise InputError(f'{path}: no checkpoint in it; expected a file that ends in {", ".join(SUFFIXES)}, an index of shards or a DeepSpeed folder')
+    if own := own_folder(path): raise InputError(f'{path}: {own}')
     raise InputError(f'{path}: {len(inside)} checkpoint files; say which of: {", ".join(inside[:8])}')
 
 # %% ../nbs/64_convert.ipynb #db35d28d

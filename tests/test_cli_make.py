@@ -168,7 +168,7 @@ def test_from_nothing_to_a_mesh(tmp_path, capsys, torch):
     sets = lambda *words: [x for w in words for x in ('--set', w)]
     for args in (['train', 'autoencoder', 'builtin:4:mug,vase', '--out', tmp_path/'ae', *sets('steps=30', 'batch_size=4', 'warmup=2', 'sizes.dim=32', 'sizes.depth=1', 'sizes.num_latents=8', 'tensorboard=false')],
                  ['encode', 'builtin:4:mug,vase', '--vecset', tmp_path/'ae', '--out', tmp_path/'z', '--yaws', '0,90', '--device', 'cpu'],
-                 ['train', 'denoiser', tmp_path/'z', '--vecset', tmp_path/'ae', '--out', tmp_path/'gen', *sets('train.steps=4', 'train.batch_size=4', 'train.tensorboard=false', 'train.sample_every=0', 'train.valid_every=0', 'dit.hidden_size=32', 'dit.depth=2', 'dit.num_moe_layers=0')],
+                 ['train', 'denoiser', tmp_path/'z', '--vecset', tmp_path/'ae', '--out', tmp_path/'gen', *sets('steps=4', 'batch_size=4', 'train.tensorboard=false', 'train.sample_every=0', 'train.valid_every=0', 'dit.hidden_size=32', 'dit.depth=2', 'dit.num_moe_layers=0')],
                  ['generate', '--model', tmp_path/'gen', '--class', 'vase', '--out', tmp_path/'s', '--format', 'ply', *QUICK]):
         code, out, err = run(*args, capsys=capsys)
         assert code == 0 or (args[0] == 'generate' and code == 1 and 'no surface' in err), err
@@ -176,3 +176,10 @@ def test_from_nothing_to_a_mesh(tmp_path, capsys, torch):
     assert [(r['cond_id'], r['out_path']) for r in rows] == [('vase', 'class_vase/sample_0000000.ply')]
     again = run('train', 'denoiser', tmp_path/'z', '--vecset', tmp_path/'ae', '--out', tmp_path/'gen', *sets('train.steps=4', 'train.batch_size=3'), capsys=capsys)
     assert again[0] == 2 and 'batch_size' in again[2]   # another configuration does not go on in the same folder
+    for args, message in ((['generate', '--model', tmp_path/'ae', '--out', tmp_path/'no'], 'ae: a run of `memkit train autoencoder`, which draws nothing by itself'),
+                          (['convert', tmp_path/'gen', '--out', tmp_path/'no'], 'gen: a model of memkit already'),
+                          (['train', 'denoiser', tmp_path/'z', '--out', tmp_path/'no', *sets('stepz=4')], '--set stepz: expected steps, batch_size'),
+                          (['train', 'denoiser', tmp_path/'z', '--out', tmp_path/'no', '--condition', 'text', '--clip', tmp_path/'z'], 'expected a CLIP folder of transformers')):
+        code, out, err = run(*args, capsys=capsys)
+        assert code == 2 and message in err and len(err.strip().splitlines()) == 1, (args, err)
+    assert not (tmp_path/'no').exists()
