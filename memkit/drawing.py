@@ -4,24 +4,26 @@
 
 # %% auto #0
 __all__ = ['FLAT', 'DECIDABLE', 'SCALES', 'BANDS', 'MARKS', 'Table', 'split_controls', 'settings_table', 'flat_rows',
-           'record_table', 'control_table', 'pooled', 'draw_rows', 'draw_pairs', 'folder_record']
+           'record_table', 'control_table', 'pooled', 'draw_rows', 'palette_png', 'Gallery', 'draw_pairs',
+           'folder_record']
 
-# %% ../nbs/89_drawing.ipynb #5f30983e
-import math, textwrap
+# %% ../nbs/89_drawing.ipynb #5ffdfca2
+import io, math, textwrap
 from html import escape
 from pathlib import Path
 
 import numpy as np
 from matplotlib.transforms import ScaledTranslation
+from PIL import Image
 
 from .audit import audit
 from .claims import by_row, contrast
 from .core import InputError, cache_home
 from .mesh import check_mesh
-from .show import COLORS, NEIGHBOUR, QUERY, VIEW, Sheet, _caption, _number, _picture, _place, _sheet, paper_style
+from .show import COLORS, NEIGHBOUR, QUERY, VIEW, Sheet, _caption, _number, _picture, paper_style
 from .zu import auc_interval
 
-# %% ../nbs/89_drawing.ipynb #0b2a24cc
+# %% ../nbs/89_drawing.ipynb #4943279c
 def _cell(v)->str: # what a reader sees
     "A value of a table as text."
     if v is None: return '–'
@@ -29,7 +31,7 @@ def _cell(v)->str: # what a reader sees
     if isinstance(v, (float, np.floating)): return f'{v:.4g}' if abs(v) < 1e5 else f'{v:,.0f}'
     return f'{v:,}' if isinstance(v, (int, np.integer)) else str(v)
 
-# %% ../nbs/89_drawing.ipynb #57e7b01c
+# %% ../nbs/89_drawing.ipynb #3844c27e
 class Table(list):
     "A list of dicts, one a row, all with the same keys; shows itself as a table, with an optional `note` below it."
     def __init__(self, rows=(), note=''): super().__init__(rows); self.note = note
@@ -42,21 +44,21 @@ class Table(list):
         row = lambda line, tag: '<tr>' + ''.join(f'<{tag} style="text-align:left">{t}</{tag}>' for t in line) + '</tr>'
         return f'<table><thead>{row(head, "th")}</thead><tbody>{"".join(row(b, "td") for b in body)}</tbody></table>' + (f'<p><small>{escape(self.note)}</small></p>' if self.note else '')
 
-# %% ../nbs/89_drawing.ipynb #8b206d33
+# %% ../nbs/89_drawing.ipynb #642312a0
 def split_controls(
     records:list[dict], # of one experiment
 )->tuple[list[dict], list[dict]]: # what was asked about, and what is known
     "Measured rows and control rows."
     return [r for r in records if not r.get('control')], [r for r in records if r.get('control')]
 
-# %% ../nbs/89_drawing.ipynb #7942830e
+# %% ../nbs/89_drawing.ipynb #601bf0ab
 def _brief(v)->str|int|float|None: # short enough for a cell
     "A setting in a few words."
     if isinstance(v, dict): v = [f'{k} {x}' for k, x in v.items()]
     if not isinstance(v, (list, tuple)): return v
     return ', '.join(map(str, v)) if len(v) <= 4 else f'{len(v)}: {v[0]} … {v[-1]}'
 
-# %% ../nbs/89_drawing.ipynb #a7bf5ff1
+# %% ../nbs/89_drawing.ipynb #3bada1da
 def settings_table(
     records:list[dict], # of one experiment
 )->Table: # a line a row, a column a setting that differs
@@ -72,17 +74,17 @@ def settings_table(
     rows = [{'row': r['row'], **({'x': r['x']} if any(q.get('x') is not None for q in first) else {}), **{k: v[i] for k, v in told.items() if k not in same}} for i, r in enumerate(first)]
     return Table(rows, 'in all rows: ' + ', '.join(f'{k} {_cell(v)}' for k, v in same.items()) + f"; seed{'s'*(len(seeds) > 1)} {', '.join(map(str, seeds))}")
 
-# %% ../nbs/89_drawing.ipynb #cf93f17a
+# %% ../nbs/89_drawing.ipynb #bb0b41ca
 FLAT = ('row', 'control', 'x', 'seed', 'auc', 'auc_low', 'auc_high', 'z_u', 'z_u_low', 'z_u_high', 'min_detectable_auc', 'verdict', 'fd', 'fd_corrected', 'fd_label', 'kd', 'kd_se', 'empty', 'bits', 'loss', 'm', 'n', 'n_train')
 
-# %% ../nbs/89_drawing.ipynb #553021d2
+# %% ../nbs/89_drawing.ipynb #98448489
 def flat_rows(
     records:list[dict], # of one experiment
 )->list[dict]: # the columns of `FLAT`, numbers and short texts only
     "Records without their lists: the numbers behind a figure."
     return [{k: r.get(k) for k in FLAT} for r in records]
 
-# %% ../nbs/89_drawing.ipynb #819c42ff
+# %% ../nbs/89_drawing.ipynb #1a90ad7b
 def record_table(
     records:list[dict], # of one experiment
 )->Table: # a line a record
@@ -96,10 +98,10 @@ def record_table(
                 'm': r['m'], 'n': r['n'], 'without surface': r.get('empty')}
     return Table([line(r) for r in records])
 
-# %% ../nbs/89_drawing.ipynb #5f8463e3
+# %% ../nbs/89_drawing.ipynb #ade8a13b
 DECIDABLE = .65   # smallest auc that must be within reach before a control is held to its truth
 
-# %% ../nbs/89_drawing.ipynb #d0d19018
+# %% ../nbs/89_drawing.ipynb #6e0ce352
 def _as_planted(
     r:dict, # a control record
 )->str: # yes, no, or why it cannot be said
@@ -110,7 +112,7 @@ def _as_planted(
     if r['min_detectable_auc'] > DECIDABLE: return 'too few shapes to say'
     return 'yes, but for an alarm as one run in forty gives' if r['control'] == 'fresh' and not alarm else 'no'
 
-# %% ../nbs/89_drawing.ipynb #ca223e71
+# %% ../nbs/89_drawing.ipynb #a547e64b
 def control_table(
     records:list[dict], # of one experiment
 )->Table: # a line a control; `as planted` begins with yes, no or too few
@@ -119,7 +121,7 @@ def control_table(
     if not known: raise InputError('no control rows; expected records with control copies or fresh')
     return Table([{'control': r['row'], 'seed': r.get('seed'), 'planted': r['control'], 'auc [95 %]': f"{r['auc']:.3f} [{r['auc_low']:.3f}, {r['auc_high']:.3f}]", 'called': r['verdict'], 'as planted': _as_planted(r)} for r in known])
 
-# %% ../nbs/89_drawing.ipynb #fec9d58e
+# %% ../nbs/89_drawing.ipynb #d38cd275
 def pooled(
     records:list[dict], # measured rows and controls
     level:float=.95,    # confidence
@@ -133,7 +135,7 @@ def pooled(
             out.append(dict(row=seeds[0]['row'], x=seeds[0].get('x'), control=seeds[0].get('control'), auc=c.estimate, low=c.low, high=c.high, seeds=seeds))
     return out
 
-# %% ../nbs/89_drawing.ipynb #8971275f
+# %% ../nbs/89_drawing.ipynb #ec684ae5
 SCALES = ('linear', 'log', 'rows')
 
 def _places(rows, scale)->list[float]: # where each row stands on the x-axis
@@ -143,7 +145,7 @@ def _places(rows, scale)->list[float]: # where each row stands on the x-axis
     if scale != 'rows' and lost: raise InputError(f"{lost[0]}: no x; expected a number, or scale='rows'")
     return list(range(len(rows))) if scale == 'rows' else [r['x'] for r in rows]
 
-# %% ../nbs/89_drawing.ipynb #d91fc58a
+# %% ../nbs/89_drawing.ipynb #bebbd4f4
 def _label_axis(ax, rows, x, scale, label, room=48):
     "Ticks where the rows are, so that nobody reads between them; long names are broken into lines, of `room` letters together."
     if scale == 'log': ax.set_xscale('log')
@@ -157,7 +159,7 @@ def _label_axis(ax, rows, x, scale, label, room=48):
         ax.margins(x=.16)
     ax.set_xlabel(label)
 
-# %% ../nbs/89_drawing.ipynb #718dbea7
+# %% ../nbs/89_drawing.ipynb #910bc570
 BANDS = dict(copies=('////', 'copy'), fresh=('....', 'test'))
 MARKS = 'osv^Dp*'
 
@@ -176,7 +178,7 @@ def _draw_auc(ax, rows, controls, x, joined=True):
         ax.plot(x, [r['seeds'][k]['auc'] for r in rows], MARKS[k % len(MARKS)], ms=3.5, mfc='none', mec=COLORS['gen'], mew=.8, transform=aside, label=f"seed {rows[0]['seeds'][k].get('seed')}")
     ax.set(ylabel='auc (above ½ = copying)', ylim=(min(.35, low.min() - .05), min(1.03, max([.75, high.max() + .05, *(r['high'] + .06 for r in controls)]))))
 
-# %% ../nbs/89_drawing.ipynb #b8647afa
+# %% ../nbs/89_drawing.ipynb #c6abb725
 def _z_scale(ax, rows):
     "Z_U on the right-hand side, where it is a function of auc: all rows with the same m and n."
     sizes = {(s['m'], s['n']) for r in rows for s in r['seeds']}
@@ -187,7 +189,7 @@ def _z_scale(ax, rows):
     right.set_ylabel(f'Z_U at m = {m:,}, n = {n:,} (below 0 = copying)', fontsize=7)
     return right
 
-# %% ../nbs/89_drawing.ipynb #5aef937a
+# %% ../nbs/89_drawing.ipynb #9e2b2983
 def _draw_quality(ax, rows, x, key, label, error=None, joined=True, none='too few shapes'):
     "One quality against x: the mean over seeds, the seeds as lines; the words `none` where there is nothing to draw."
     known = [(at, [s[key] for s in r['seeds'] if s.get(key) is not None], [s.get(error) for s in r['seeds']]) for at, r in zip(x, rows)]
@@ -201,7 +203,7 @@ def _draw_quality(ax, rows, x, key, label, error=None, joined=True, none='too fe
     for at, values, _ in known: len(values) > 1 and ax.plot([at]*len(values), values, '_', ms=7, color=COLORS['train'], alpha=.7)
     ax.set_ylabel(label); ax.margins(y=.2)
 
-# %% ../nbs/89_drawing.ipynb #8d2cd5b6
+# %% ../nbs/89_drawing.ipynb #ab63cf9a
 def draw_rows(
     records:list[dict],    # of one experiment, controls among them
     xlabel:str,            # of the axis
@@ -231,22 +233,45 @@ def draw_rows(
         if decision: fig.suptitle(f"{decision.numbers.get('claim') or ''}: {decision.word}".removeprefix(': '), fontsize=9, x=.01, ha='left')
     return fig
 
-# %% ../nbs/89_drawing.ipynb #6acacd1f
+# %% ../nbs/89_drawing.ipynb #ee3fe39a
+def palette_png(
+    picture,          # matplotlib Figure, or PIL image
+    dpi:int=110,      # of a figure
+    colors:int=96,    # in the palette
+)->bytes: # a PNG file, a quarter of its usual size
+    "A picture of few colours without dithering and without metadata: shaded shapes and text lose nothing that is seen."
+    if not isinstance(picture, Image.Image):
+        buffer = io.BytesIO()
+        picture.savefig(buffer, format='png', dpi=dpi, metadata={'Software': None})
+        picture = Image.open(buffer)
+    out = io.BytesIO()
+    picture.convert('RGB').quantize(colors, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(out, 'PNG', optimize=True)
+    return out.getvalue()
+
+# %% ../nbs/89_drawing.ipynb #b26475f7
+class Gallery(Sheet):
+    "A figure full of shaded shapes that shows itself with a palette: notebooks stay small."
+    def _repr_png_(self): return palette_png(self)
+
+# %% ../nbs/89_drawing.ipynb #44c631da
 def _image(item, color, size)->np.ndarray: # (h, w, 3) uint8
     "A mesh from the common camera, or a picture as it is; white where there is nothing to draw."
     if isinstance(item, np.ndarray): return item
     try: return _picture(check_mesh(*item), color, size, VIEW)
     except InputError: return np.full((size, size, 3), 255, np.uint8)
 
-# %% ../nbs/89_drawing.ipynb #c8f4f02a
+# %% ../nbs/89_drawing.ipynb #c1b7dcc7
 def draw_pairs(
     lines:list[tuple],   # (record, (generated, training, distances)) each, nearest first; meshes or pictures
     columns:int=4,       # pairs of each
     size:float=.95,      # inches, side of a picture
-)->Sheet: # a line of pairs for each record
+)->Gallery: # a line of pairs for each record
     "The closest pairs of each row. Raises InputError where there is nothing to show."
     if not lines: raise InputError('no pairs; expected at least one record with its pairs')
-    fig, axes = _sheet(len(lines), columns, 2.2*size, size + .36)
+    R, width, height = len(lines), 2.2*size, size + .36
+    fig = Gallery(figsize=(columns*width, R*height), dpi=110)
+    axes = [fig.add_axes((c/columns, 1 - (r + 1)/R, 1/columns, 1/R), xlim=(0, width), ylim=(height, 0)) for r in range(R) for c in range(columns)]
+    for ax in axes: ax.axis('off')
     for k, (record, (gen, train, d)) in enumerate(lines):
         axes[k*columns].text(.05, .02, record['row'], fontsize=8, va='top', fontweight='bold', parse_math=False)
         for ax, a, b, near in zip(axes[k*columns:(k + 1)*columns], gen, train, d):
@@ -258,7 +283,7 @@ def draw_pairs(
             _caption(ax, 1.1*size, size + .17, f'{_number(near)}; {as_near:.0%} of held-out as near')
     return fig
 
-# %% ../nbs/89_drawing.ipynb #5c486fc7
+# %% ../nbs/89_drawing.ipynb #a9f93687
 def folder_record(
     folder:str|Path,     # with the folders gen, train and test in it; its name becomes the row
     k:int=4,             # closest pairs

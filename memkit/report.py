@@ -7,13 +7,13 @@ __all__ = ['PAGE', 'PROFILES', 'figure_folder', 'save_rows', 'stamp_line', 'save
            'save_experiment', 'report_entries', 'report_markdown', 'report_page', 'write_report', 'write_readme']
 
 # %% ../nbs/90_report.ipynb #9ff9c41a
-import base64, csv, io, json, os, re
+import csv, json, os, re
 from html import escape
 from pathlib import Path
 
 from .claims import WORDS
 from .core import InputError, _plain, atomic_path, project_root, provenance, write_json
-from .drawing import control_table, flat_rows, record_table, settings_table, split_controls
+from .drawing import control_table, flat_rows, palette_png, settings_table, split_controls
 from .expected import paper_and_we, read_expected
 from .show import COLORS, png_uri
 
@@ -97,7 +97,7 @@ def _save_gallery(
 )->Path:
     "Pairs as a picture, signed like a figure."
     fig.text(.995, .002, stamp_line(stamp), ha='right', va='bottom', fontsize=5, color=COLORS['test'])
-    with atomic_path(path) as tmp: fig.savefig(tmp, dpi=150, metadata={'Software': None})
+    with atomic_path(path) as tmp: tmp.write_bytes(palette_png(fig, 150))
     return path
 
 # %% ../nbs/90_report.ipynb #4347f602
@@ -196,9 +196,7 @@ def _small_picture(
     with Image.open(path) as image:
         image = image.convert('RGB')
         if image.width > width: image = image.resize((width, round(image.height*width/image.width)), Image.LANCZOS)
-        buffer = io.BytesIO()
-        image.quantize(96, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(buffer, 'PNG', optimize=True)
-    return png_uri(buffer.getvalue())
+        return png_uri(palette_png(image))
 
 # %% ../nbs/90_report.ipynb #a1569524
 PAGE = '''<!doctype html>
