@@ -13,7 +13,7 @@ from typing import Annotated, Optional
 import typer
 
 from . import __version__, cli_captions, cli_data, cli_make
-from .core import InputError, project_root, write_json
+from .core import InputError, load_profile, project_root, write_json
 
 # %% ../nbs/99_cli.ipynb #6a67a722
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings={'help_option_names': ['-h', '--help']})
@@ -202,7 +202,10 @@ def reproduce(
     and says so in a line. Exit code 0: all figures are there. 1: something failed. 130: interrupted."""
     from memkit.isolated import Limits, StepFailed
     from memkit.reproduce import default_jobs, make_plan, plan_text, reproduce as run_all
-    if dry_run: return print(plan_text(make_plan(ids, profile), default_jobs(jobs, profile)))
+    if dry_run:
+        p = load_profile(profile)
+        if p.values.get('data') == 'prepared': print(cli_make.part_of_memkit('paper').paper_text(p))
+        return print(plan_text(make_plan(ids, profile), default_jobs(jobs, profile)))
     try: results = run_all(ids, profile, jobs, Limits(limit_seconds, **({} if limit_gb is None else dict(gigabytes=limit_gb))))
     except StepFailed as e: print(e, file=sys.stderr); raise typer.Exit(1)
     except KeyboardInterrupt: print('memkit: interrupted; the same command goes on from here', file=sys.stderr); raise typer.Exit(130)

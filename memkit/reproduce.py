@@ -336,6 +336,9 @@ def reproduce(
     root:str|Path|None=None,     # where the figures go; default: `figures/`
 )->list: # of StepResult: the steps that ran, and the notebooks that need not
     "Bring the figures of paper notebooks up to date. Raises InputError for an unknown name, profile or number; StepFailed, at the end, with a line for each thing that failed."
+    if load_profile(profile).values.get('data') == 'prepared':
+        from memkit.paper import require # imports torch
+        require(load_profile(profile))
     jobs, plan = default_jobs(jobs, profile), make_plan(ids, profile, folder)
     display = _Display(plan, jobs)
     def after(step):

@@ -1,0 +1,96 @@
+"""The profile `paper`: its recipe for a cluster names commands and options that exist, its plan says what is missing, and its stages run on prepared shapes at a toy size."""
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip('torch')
+pytest.importorskip('diffusers')
+pytest.importorskip('igl')
+from typer.testing import CliRunner
+
+from memkit.cli import app
+from memkit.core import InputError, Profile, load_profile
+from memkit.experiment import autoencoder_step, preset_step, run_experiment
+from memkit.paper import paper_needs, require
+from memkit.prepare import Recipe, prepare
+from memkit.presets import base_preset, experiment_rows, listed_shapes
+from memkit.shapes import shape_set
+from memkit.splits import write_split, Split
+from memkit.stages import shape_prompts
+from memkit.steps import all_steps, run_step
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCKS = re.findall(r'```bash\n(.*?)```', ''.join(''.join(c['source']) for c in json.loads((ROOT/'nbs'/'74_paper.ipynb').read_text(encoding='utf-8'))['cells']), re.S)
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+def test_recipes_are_bash():
+    assert len(BLOCKS) == 4
+    for block in BLOCKS: assert subprocess.run(['bash', '-n'], input=block, text=True, capture_output=True).stderr == ''
+
+
+@pytest.mark.parametrize('line', [l for b in BLOCKS for l in b.splitlines() if l.startswith('memkit ')])
+def test_recipes_name_what_exists(line):
+    words = line.split('#')[0].split()[1:]
+    command = words[:2] if words[0] in ('data', 'captions', 'train') else words[:1]
+    shown = CliRunner().invoke(app, [*command, '--help'], env=dict(COLUMNS='300', TERM='dumb')).output
+    options = [w for w in words if w.startswith('--')]
+    assert options and all(re.search(rf'{w}\b', shown) for w in options)
+
+
+def test_array_names_the_experiments_of_the_profile():
+    names = re.search(r'ALL=\((.*?)\)', ''.join(BLOCKS))[1].split()
+    assert int(re.search(r'--array=0-(\d+)', ''.join(BLOCKS))[1]) == len(names) - 1
+    for name in names: assert experiment_rows(name, load_profile('paper'))
+
+
+def test_what_is_missing_is_named_before_anything_runs(monkeypatch):
+    for k in ('MEMKIT_PREPARED', 'MEMKIT_LISTS', 'MEMKIT_AUTOENCODER'): monkeypatch.delenv(k, raising=False)
+    monkeypatch.setenv('HF_HUB_CACHE', '/nonexistent')
+    with pytest.raises(InputError, match='MEMKIT_PREPARED is not set'): require(load_profile('paper'))
+    shown = CliRunner().invoke(app, ['reproduce', '--profile', 'paper', '--dry-run', 'fig_guidance'])
+    assert 'MEMKIT_PREPARED is not set' in shown.output and 'train w = 1, seed 0' in shown.output and 'GPU days' in shown.output
+    with pytest.raises(InputError, match='are missing'):
+        from memkit.reproduce import reproduce
+        reproduce(['fig_guidance'], 'paper')
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch):
+    "Built-in shapes as a prepared folder and as released lists would have them."
+    shapes = shape_set(24, seed=5)
+    from memkit.prepare import prepare
+    made = prepare(shapes, tmp_path/'prepared', Recipe(n_vol=64, n_near=64, n_surface=256, views=2, size=32), n_jobs=1)
+    ids = list(made.ids)
+    at = {f'{s.category}-{s.seed}': s for s in shapes}
+    for part, some in dict(train=ids[:16], test=ids[16:]).items():
+        for level in ('phrase', 'sentence', 'paragraph'):
+            path = tmp_path/'lists'/level/f'{part}.csv'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_split(Split('x', tuple(some), tuple(at[i].category for i in some), {level: tuple(at[i].caption(level) for i in some)}), path)
+    monkeypatch.setenv('MEMKIT_PREPARED', str(tmp_path/'prepared'))
+    monkeypatch.setenv('MEMKIT_LISTS', str(tmp_path/'lists'))
+    return tmp_path
+
+
+def test_lists_are_cut_by_hash_and_share_nothing(prepared):
+    train, test, fresh = (listed_shapes(w, n) for w, n in dict(train=8, test=4, fresh=4).items())
+    assert not set(train.split.ids) & (set(fresh.split.ids) | set(test.split.ids)) and len(fresh) == 4
+    assert listed_shapes('train', 4).split.ids == train.split.ids[:4]
+    assert shape_prompts('sentence', test) == list(test.split.captions['sentence']) and len(shape_prompts('image', test)) == 4
+    with pytest.raises(InputError, match='16 of the 16 shapes .* expected at least 17'): listed_shapes('train', 17)
+
+
+def test_the_chain_runs_on_prepared_shapes(prepared, monkeypatch):
+    toy = Profile('toy', dict(load_profile('paper').values, device='cpu', train_shapes=4, n_test=4, n_gen=2, steps=2, batch_size=4, cells=12, draw_steps=2, n_latents=8, text='bytes', hidden=0))
+    small = Profile('small', dict(load_profile('smoke').values, ae_shapes=6, ae_steps=12))
+    monkeypatch.setenv('MEMKIT_AUTOENCODER', str(run_step(autoencoder_step(small))/'vecset'))
+    import memkit.experiment as experiment
+    monkeypatch.setattr(experiment, '_recipe', lambda preset: 'tiny')
+    record = run_experiment(base_preset(toy), toy)
+    assert record['data'] == 'prepared' and record['n'] + len([]) <= 4 and record['preset']['condition'] == 'sentence'
+    assert any(s.function.endswith('train_recipe') for s in all_steps([preset_step(base_preset(toy), toy, 0)]))
