@@ -43,9 +43,13 @@ def reference(path):
 
 
 def far(a, b): return float((a - b).abs().max())
+def rms(x): return float(x.square().mean().sqrt())
 
 
 # ---------------------------------------------------------------------------------------------------------------- reference outputs
+
+# A number that lies between two of bfloat16 goes up on one processor and down on another, whose sums end in other last bits; what the layers behind make of it is a thousandth. So roundings are
+# compared by what they do: within a quarter of their whole effect (0.00 to 0.09 was seen; with queries, keys or output left unrounded, or rounded to float16, 0.7 to 1.1).
 
 def check_reference(path):
     make, t = reference(path)
@@ -57,8 +61,8 @@ def check_reference(path):
     assert far(net.decode(t['rand_latents'], t['queries']), t['sdf_rand']) < 2e-5
     for i, cloud in enumerate(t['rand_latents']): assert far(torch.from_numpy(net.field(cloud)(t['queries'][i].numpy())), t['sdf_rand'][i]) < 2e-5
     rounded = make(bf16_attention=True)
-    assert far(rounded.encode(t['points']), t['latents_bf16attn']) < 2e-5 and far(rounded.decode(t['latents'], t['queries']), t['sdf_bf16attn']) < 2e-5
-    assert far(t['sdf_bf16attn'], t['sdf']) > 1e-3            # so that the line above can fail
+    for mine, theirs, exact in ((rounded.encode(t['points']), t['latents_bf16attn'], t['latents']), (rounded.decode(t['latents'], t['queries']), t['sdf_bf16attn'], t['sdf'])):
+        assert rms(mine - theirs) < .25*rms(theirs - exact) and rms(theirs - exact) > 5e-4   # see below
     other = make(eps_profile='vecsetx')
     assert far(other.encode(t['points']), t['latents_vecsetx']) < 2e-5
     assert far(other(t['points'], t['queries']), t['sdf_vecsetx']) < 2e-5 and far(other.decode(t['latents'], t['queries']), t['sdf_vecsetx_of_latents']) < 2e-5
