@@ -145,16 +145,16 @@ def _decided(record:dict)->dict: # word, sentence, rule
 def report_entries(
     profile:str,             # a section of settings.ini
     root:str|Path|None=None, # as in `figure_folder`
-)->list[dict]: # one a notebook: name, title, claim, word, sentence, rule, found_from, folder, files, paper, controls, stamp
+)->list[dict]: # one a notebook: name, title, claim, word, decided (the part of the claim that was), sentence, rule, found_from, folder, files, paper, controls, stamp
     "What a profile says about each claim; 'not run' where there is no figure."
     folder, out = figure_folder(profile, root), []
     for name, about in _claims(project_root()).items():
         path = folder/f'{name}.json'
-        entry = dict(about, name=name, profile=profile, word='not run', sentence='not run at this profile', rule='', found_from=None, files={}, paper=[], controls=[], stamp='')
+        entry = dict(about, name=name, profile=profile, word='not run', decided='', sentence='not run at this profile', rule='', found_from=None, files={}, paper=[], controls=[], stamp='')
         if path.exists():
             record = json.loads(path.read_text(encoding='utf-8'))
             files = {label: f'{name}{suffix}' for label, suffix in (('figure', '.png'), ('pdf', '.pdf'), ('table', '.csv'), ('records', '.jsonl'), ('notebook', '.ipynb'), ('pairs', '_pairs.png')) if (folder/f'{name}{suffix}').exists()}
-            entry |= _decided(record) | dict(found_from=record.get('min_detectable_auc'), files=files, paper=record.get('paper', []), controls=record.get('controls', []), stamp=stamp_line(record['provenance']), folder=folder)
+            entry |= _decided(record) | dict(decided=(record.get('decision') or {}).get('numbers', {}).get('claim') or '', found_from=record.get('min_detectable_auc'), files=files, paper=record.get('paper', []), controls=record.get('controls', []), stamp=stamp_line(record['provenance']), folder=folder)
         out.append(entry)
     return out
 
@@ -177,12 +177,12 @@ def report_markdown(
 )->str:
     "A line a claim, a section a profile."
     safe = lambda s: ' '.join(escape(str(s), quote=False).replace('|', '\\|').replace('](', ']\\(').split())
-    lines = ['# What was reproduced', '', 'One line a claim: the word that the rule of its notebook gives at this profile, the numbers, and the smallest auc that a row would have shown with 80 % probability. The figures are on one page in [report.html](report.html).', '']
+    lines = ['# What was reproduced', '', 'One line a claim: the word that the rule of its notebook gives at this profile and what exactly was decided, the numbers, and the smallest auc that a row would have shown with 80 % probability. The figures are on one page in [report.html](report.html).', '']
     for profile, entries in sections.items():
         lines += [f'## {profile}', '', f'{safe(_about_profile(profile))} **{_counted(entries)}.**', '', '| experiment | claim | verdict | numbers | found from auc | files |', '|---|---|---|---|---|---|']
         for e in entries:
             files = ' · '.join(f"[{k}]({os.path.relpath(e['folder']/f, here)})" for k, f in e['files'].items())
-            lines.append(f"| {safe(e['title'])} ({e['experiment']}) | {safe(e['claim'])} | **{e['word']}** | {safe(e['sentence'])} | {'' if e['found_from'] is None else format(e['found_from'], '.3f')} | {files} |")
+            lines.append(f"| {safe(e['title'])} ({e['experiment']}) | {safe(e['claim'])} | **{e['word']}**{safe(e['decided'] and ': ' + e['decided'])} | {safe(e['sentence'])} | {'' if e['found_from'] is None else format(e['found_from'], '.3f')} | {files} |")
         lines.append('')
     return '\n'.join(lines)
 
@@ -215,7 +215,7 @@ img{max-width:100%}.small{font-size:.82rem;color:#5c6178}summary{cursor:pointer}
 {% for c in claims %}<tr><td><a href="#{{ c.name }}">{{ c.title }}</a> ({{ c.experiment }})</td><td>{{ c.claim }}</td>{% for e in c.entries %}<td>{{ e.word }}</td>{% endfor %}</tr>{% endfor %}</table>
 <p class="small">The words are given by the rule of each notebook, from the interval of its contrast. <b>auc</b> is the chance that a generated shape lies nearer to the training set than a held-out one: 0.5 without copying. <b>Z_U</b> says the same in standard deviations, negative for copying; it grows with the number of shapes.</p>
 {% for c in claims %}<h2 id="{{ c.name }}">{{ c.title }}</h2><p>{{ c.claim }} <span class="small">({{ c.experiment }}, {{ c.name }})</span></p>
-{% for e in c.entries %}<div class="word {{ e.word }}"><b>{{ e.profile }}: {{ e.word }}</b><br>{{ e.sentence }}{% if e.found_from is not none %} <span class="small">A row shows an auc from {{ '%.3f' % e.found_from }}.</span>{% endif %}{% if e.rule %}<br><span class="small">{{ e.rule }}</span>{% endif %}</div>{% endfor %}
+{% for e in c.entries %}<div class="word {{ e.word }}"><b>{{ e.profile }}: {{ e.word }}</b>{% if e.decided %}: {{ e.decided }}{% endif %}<br>{{ e.sentence }}{% if e.found_from is not none %} <span class="small">A row shows an auc from {{ '%.3f' % e.found_from }}.</span>{% endif %}{% if e.rule %}<br><span class="small">{{ e.rule }}</span>{% endif %}</div>{% endfor %}
 {% if c.shown %}{% if c.shown.picture %}<img alt="{{ c.title }}" src="{{ c.shown.picture }}">{% endif %}
 {% if c.shown.gallery %}<p>Closest pairs: generated, nearest training shape, distance, and how many held-out shapes come as near.</p><img alt="closest pairs of {{ c.name }}" src="{{ c.shown.gallery }}">{% endif %}
 {% if c.shown.controls %}<details><summary>planted truth</summary>{{ table(c.shown.controls) }}</details>{% endif %}
