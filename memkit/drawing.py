@@ -155,7 +155,10 @@ def _label_axis(ax, rows, x, scale, label, room=48):
         ax.set_xticks(x, names, rotation=30 if crowded else 0, ha='right' if crowded else 'center', fontsize=8 if room > 40 else 7, parse_math=False)
         ax.set_xlim(-.5, len(x) - .5)
     else:
-        if len(x) <= 10: ax.set_xticks(x, [f'{v:,.4g}' if abs(v) < 1e4 else f'{v:,.0f}' for v in x]); ax.minorticks_off()
+        if len(x) <= 10:
+            u, seen = np.log(x) if scale == 'log' else np.asarray(x, float), -np.inf
+            names = ['' if u[i] - seen < .07*np.ptp(u) else (seen := u[i]) is not None and (f'{v:,.4g}' if abs(v) < 1e4 else f'{v:,.0f}') for i, v in enumerate(x)] # a name too near to the last is left out
+            ax.set_xticks(x, names); ax.minorticks_off()
         ax.margins(x=.16)
     ax.set_xlabel(label)
 
