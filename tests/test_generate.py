@@ -104,9 +104,16 @@ def test_latents_at_odd_addresses(pipeline, monkeypatch):
 
 
 RUN = '''
-import sys, torch
+import sys, time, torch
 torch.set_num_threads(1)
+import memkit.generate as g
 from memkit.generate import generate, plan_samples
+saved = g.save_sample
+def slowly(*args): # on a busy machine all 24 would be there before the killer has looked twice
+    path = saved(*args)
+    time.sleep(.1)
+    return path
+g.save_sample = slowly
 generate(sys.argv[1], plan_samples(24, 'mug', 'class', seed=4), sys.argv[2], '.ply', batch_size=2, n_steps=4, resolution=24)
 '''
 
@@ -115,7 +122,7 @@ generate(sys.argv[1], plan_samples(24, 'mug', 'class', seed=4), sys.argv[2], '.p
 def test_killed_and_resumed(folder, tmp_path):
     out = tmp_path/'killed'
     child = subprocess.Popen([sys.executable, '-c', RUN, str(folder), str(out)], env=os.environ | dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1'), stderr=subprocess.PIPE)
-    deadline = time.time() + 120
+    deadline = time.time() + 400
     while len(list(out.rglob('sample_*.ply'))) < 5 and child.poll() is None and time.time() < deadline: time.sleep(.005)
     child.send_signal(signal.SIGKILL)
     child.wait()
