@@ -75,7 +75,8 @@ class Checkout:
         cells = [dict(cell_type='code', id=f'cell-{i}', metadata=dict(tags=['parameters']*(i == 0)), source=s, outputs=[], execution_count=None) for i, s in enumerate(["profile: str = 'smoke'", source])]
         (self.root/'nbs'/'paper'/f'{name}.ipynb').write_text(json.dumps(dict(cells=cells, metadata=dict(kernelspec=dict(name='python3', language='python', display_name='python3')), nbformat=4, nbformat_minor=5)))
 
-    def start(self, *args, **env): return subprocess.Popen([sys.executable, self.root/'driver.py', 'reproduce', *map(str, args)], cwd=self.root, env=self.env | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def start(self, *args, **env): return subprocess.Popen([sys.executable, self.root/'driver.py', 'reproduce', *map(str, args)], cwd=self.root, env=self.env | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                                              preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) if os.name == 'posix' else None) # a job in the background of a shell would inherit that it is ignored
     def run(self, *args, **env):
         process = self.start(*args, **env)
         out, err = process.communicate(timeout=120)
@@ -122,8 +123,8 @@ def test_only_what_changed_is_done_again(checkout):
     assert (checkout.figures/'fig_plain.csv').read_text() == 'plainer'
 
     (checkout.root/'toy.py').write_text(TOY.replace('FACTOR = 2', 'FACTOR = 3'))   # training: it and what follows
-    code, out, _ = checkout.run('fig_models')
-    assert (code, checkout.calls()) == (0, ['measure', 'train 1', 'train 2']) and 'fig_plain' not in out
+    code, out, err = checkout.run('fig_models')
+    assert (code, checkout.calls()) == (0, ['measure', 'train 1', 'train 2']) and 'fig_plain' not in out, out + err
     assert (checkout.figures/'fig_models.csv').read_bytes() != before['fig_models.csv'][1]
 
     (checkout.root/'toy.py').write_text(TOY)   # and back: all of it is still there
