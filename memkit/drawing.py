@@ -145,6 +145,22 @@ def _places(rows, scale)->list[float]: # where each row stands on the x-axis
     if scale != 'rows' and lost: raise InputError(f"{lost[0]}: no x; expected a number, or scale='rows'")
     return list(range(len(rows))) if scale == 'rows' else [r['x'] for r in rows]
 
+# %% ../nbs/89_drawing.ipynb #85a556c2
+def _tick_names(
+    x:list,     # places on the axis
+    scale:str,  # linear or log
+    room:int,   # letters that fit beside each other
+)->list[str]: # a name each, empty where it would run into its neighbour
+    "Numbers for the ticks; where it is crowded, the last one and the first one stay."
+    u, names, free = np.log(x) if scale == 'log' else np.asarray(x, float), [], np.inf
+    wide = 1.3*room/max(np.ptp(u), 1e-9)   # letters per unit of the axis, margins taken off
+    for i in np.argsort(u, kind='stable')[::-1]:
+        name = f'{x[i]:,.4g}' if abs(x[i]) < 1e4 else f'{x[i]:,.0f}'
+        fits = (free - u[i])*wide > len(name) + 1
+        names.append((i, name if fits else ''))
+        if fits: free = u[i]
+    return [name for _, name in sorted(names)]
+
 # %% ../nbs/89_drawing.ipynb #bebbd4f4
 def _label_axis(ax, rows, x, scale, label, room=48):
     "Ticks where the rows are, so that nobody reads between them; long names are broken into lines, of `room` letters together."
@@ -155,12 +171,9 @@ def _label_axis(ax, rows, x, scale, label, room=48):
         ax.set_xticks(x, names, rotation=30 if crowded else 0, ha='right' if crowded else 'center', fontsize=8 if room > 40 else 7, parse_math=False)
         ax.set_xlim(-.5, len(x) - .5)
     else:
-        if len(x) <= 10:
-            u, seen = np.log(x) if scale == 'log' else np.asarray(x, float), -np.inf
-            names = ['' if u[i] - seen < .07*np.ptp(u) else (seen := u[i]) is not None and (f'{v:,.4g}' if abs(v) < 1e4 else f'{v:,.0f}') for i, v in enumerate(x)] # a name too near to the last is left out
-            ax.set_xticks(x, names); ax.minorticks_off()
+        if len(x) <= 10: ax.set_xticks(x, _tick_names(x, scale, room)); ax.minorticks_off()
         ax.margins(x=.16)
-    ax.set_xlabel(label)
+    ax.set_xlabel(label if room > 40 else textwrap.fill(label, room))
 
 # %% ../nbs/89_drawing.ipynb #910bc570
 BANDS = dict(copies=('////', 'copy'), fresh=('....', 'test'))
@@ -172,7 +185,8 @@ def _draw_auc(ax, rows, controls, x, joined=True):
         hatch, color = BANDS[r['control']]
         ax.axhspan(r['low'], r['high'], facecolor='none', edgecolor=COLORS[color], hatch=hatch, alpha=.35, lw=0, zorder=0)
         ax.axhline(r['auc'], color=COLORS[color], lw=.8, ls='--', zorder=1)
-        ax.annotate(r['row'].removeprefix('control: '), (1, r['auc']), xycoords=('axes fraction', 'data'), xytext=(-2, 1), textcoords='offset points', ha='right', va='bottom', fontsize=7, color=COLORS[color], bbox=dict(fc='white', ec='none', alpha=.7, pad=.5), zorder=2)
+        right = len(rows) == 1 or abs(rows[-1]['auc'] - r['auc']) >= abs(rows[0]['auc'] - r['auc'])   # where no mark is near
+        ax.annotate(r['row'].removeprefix('control: '), (int(right), r['auc']), xycoords=('axes fraction', 'data'), xytext=(-2 if right else 2, 1), textcoords='offset points', ha='right' if right else 'left', va='bottom', fontsize=7, color=COLORS[color], bbox=dict(fc='white', ec='none', alpha=.7, pad=.5), zorder=2)
     ax.axhline(.5, color=COLORS['ink'], lw=.8)
     a, low, high = np.array([[r['auc'], r['low'], r['high']] for r in rows]).T
     ax.errorbar(x, a, (a - low, high - a), fmt='D-' if joined else 'D', ms=4.5, lw=1, elinewidth=1.8, capsize=3, color=COLORS['gen'], zorder=3)
@@ -206,6 +220,14 @@ def _draw_quality(ax, rows, x, key, label, error=None, joined=True, none='too fe
     for at, values, _ in known: len(values) > 1 and ax.plot([at]*len(values), values, '_', ms=7, color=COLORS['train'], alpha=.7)
     ax.set_ylabel(label); ax.margins(y=.2)
 
+# %% ../nbs/89_drawing.ipynb #9aec0224
+def _name_marks(ax, rows, x, scale):
+    "Names above the intervals; below, where a neighbour stands higher at nearly the same place."
+    u = np.log(x) if scale == 'log' else np.asarray(x, float)
+    for i, r in enumerate(rows):
+        low = any(abs(u[j] - u[i]) < .05*np.ptp(u) and q['auc'] > r['auc'] for j, q in enumerate(rows))
+        ax.annotate(r['row'], (x[i], r['low' if low else 'high']), xytext=(0, -3 if low else 4), textcoords='offset points', ha='center', va='top' if low else 'bottom', fontsize=7, parse_math=False)
+
 # %% ../nbs/89_drawing.ipynb #ab63cf9a
 def draw_rows(
     records:list[dict],    # of one experiment, controls among them
@@ -230,8 +252,7 @@ def draw_rows(
         for ax, label, room in ((left, xlabel, 48), (top, '', 30), (low, xlabel, 30)): _label_axis(ax, rows, x, scale, label, room)
         for ax in (top, low): ax.set_xlim(left.get_xlim())
         top.tick_params(labelbottom=False)
-        if named and scale != 'rows':
-            for at, r in zip(x, rows): left.annotate(r['row'], (at, r['high']), xytext=(0, 4), textcoords='offset points', ha='center', va='bottom', fontsize=7)
+        if named and scale != 'rows': _name_marks(left, rows, x, scale)
         if len(rows[0]['seeds']) > 1: left.legend(loc='best', ncols=2, handletextpad=.1)
         if decision: fig.suptitle(f"{decision.numbers.get('claim') or ''}: {decision.word}".removeprefix(': '), fontsize=9, x=.01, ha='left')
     return fig

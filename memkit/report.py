@@ -149,11 +149,12 @@ def report_entries(
     "What a profile says about each claim; 'not run' where there is no figure."
     folder, out = figure_folder(profile, root), []
     for name, about in _claims(project_root()).items():
-        path = folder/f'{name}.json'
+        stem = next((s for s in (name, f'{name}_real') if (folder/f'{s}.json').exists()), name)   # `_real`: drawn from a user's meshes
+        path = folder/f'{stem}.json'
         entry = dict(about, name=name, profile=profile, word='not run', decided='', sentence='not run at this profile', rule='', found_from=None, files={}, paper=[], controls=[], stamp='')
         if path.exists():
             record = json.loads(path.read_text(encoding='utf-8'))
-            files = {label: f'{name}{suffix}' for label, suffix in (('figure', '.png'), ('pdf', '.pdf'), ('table', '.csv'), ('records', '.jsonl'), ('notebook', '.ipynb'), ('pairs', '_pairs.png')) if (folder/f'{name}{suffix}').exists()}
+            files = {label: f'{stem}{suffix}' for label, suffix in (('figure', '.png'), ('pdf', '.pdf'), ('table', '.csv'), ('records', '.jsonl'), ('notebook', '.ipynb'), ('pairs', '_pairs.png')) if (folder/f'{stem}{suffix}').exists()}
             entry |= _decided(record) | dict(decided=(record.get('decision') or {}).get('numbers', {}).get('claim') or '', found_from=record.get('min_detectable_auc'), files=files, paper=record.get('paper', []), controls=record.get('controls', []), stamp=stamp_line(record['provenance']), folder=folder)
         out.append(entry)
     return out
