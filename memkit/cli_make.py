@@ -69,6 +69,7 @@ def convert(
 # %% ../nbs/96_cli_make.ipynb #923b2d27
 def open_shapes(
     source:str, # folder, or builtin:NUMBER[:CATEGORY,CATEGORY]
+    meshes:bool=True, # whether meshes that are not prepared will do
 ): # what ShapeSamples and `encode_set` read
     "Shapes by name. Raises InputError for a source that is none."
     word, _, rest = source.partition(':')
@@ -77,8 +78,8 @@ def open_shapes(
         if not n.isdigit() or not int(n): raise InputError(f'{source}: expected builtin:NUMBER or builtin:NUMBER:CATEGORY,CATEGORY')
         return part_of_memkit('shapes').shape_set(int(n), categories=[c.strip() for c in categories.split(',')] if categories else None)
     path = Path(source).expanduser()
-    if not path.is_dir(): raise InputError(f'{source}: no such folder; expected a prepared folder, a folder of meshes, or builtin:NUMBER')
-    return part_of_memkit('prepare').prepared_shapes(path) if (path/'recipe.json').is_file() or (path/'manifest.json').is_file() else path
+    if not path.is_dir(): raise InputError(f'{source}: no such folder; expected a prepared folder, {"a folder of meshes, "*meshes}or builtin:NUMBER')
+    return part_of_memkit('prepare').prepared_shapes(path) if not meshes or (path/'recipe.json').is_file() or (path/'manifest.json').is_file() else path
 
 # %% ../nbs/96_cli_make.ipynb #696394d4
 def read_changes(
@@ -132,7 +133,7 @@ def autoencoder(
 ):
     "Train a VecSet autoencoder: points of a surface → latent set → signed distance."
     run = part_of_memkit('autoencoder')
-    report_run(run.train_vecset(open_shapes(source), out, recipe, valid and open_shapes(valid), not fresh, **recipe_changes(set_ or [], ('sizes', 'data', 'loss')))[1])
+    report_run(run.train_vecset(open_shapes(source, False), out, recipe, valid and open_shapes(valid, False), not fresh, **recipe_changes(set_ or [], ('sizes', 'data', 'loss')))[1])
 
 # %% ../nbs/96_cli_make.ipynb #7d7a4d87
 @trains.command()
@@ -144,6 +145,7 @@ def denoiser(
     condition: Annotated[Optional[str], typer.Option(help="class, text, image, bytes or none, instead of the recipe's.")] = None,
     clip: Annotated[Optional[str], typer.Option(help='Folder or repository of the frozen CLIP, for text and image.')] = None,
     level: Annotated[str, typer.Option(help='Of captions: phrase, sentence or paragraph.')] = 'sentence',
+    pictures: Annotated[Optional[Path], typer.Option(help='Folder of `memkit data prepare` with a picture of every shape, for image.')] = None,
     valid: Annotated[Optional[Path], typer.Option(help='Latents to validate on.')] = None,
     set_: Annotated[Optional[list[str]], typer.Option('--set', help='NAME=VALUE, several times: steps=1000, lr=1e-3, dit.depth=4, p_uncond=0.1.')] = None,
     fresh: Annotated[bool, typer.Option('--fresh', help='Do not resume; a run that is there is an error.')] = False,
@@ -153,8 +155,13 @@ def denoiser(
     autoencoder = part_of_memkit('convert').open_vecset(vecset) if vecset else None
     data = sets.LatentSet(latents, encoder=autoencoder)
     changes = recipe_changes(set_ or [], ('dit', 'condition', 'p_uncond', 'max_shapes', 'groups'), 'train')
-    if clip: condition = dict(kind=condition or run.make_recipe(recipe)['condition']['kind'], source=clip)
-    report_run(run.train_denoiser(data, condition, out, recipe, valid=valid and sets.LatentSet(valid), vecset=autoencoder, level=level, resume=not fresh, **changes))
+    kind, told = condition or (run.make_recipe(recipe)['condition'] or {}).get('kind', 'none'), None
+    if clip: condition = dict(kind=kind, source=clip)
+    if pictures and kind != 'image': raise InputError(f'--pictures: the condition is {kind}; expected --condition image, or a recipe that has it')
+    if pictures:
+        known = part_of_memkit('prepare').prepared_shapes(pictures)
+        told = {i: known.path(i, 'sprite') for i in known.ids}
+    report_run(run.train_denoiser(data, condition, out, recipe, told, valid=valid and sets.LatentSet(valid), vecset=autoencoder, level=level, resume=not fresh, **changes))
 
 # %% ../nbs/96_cli_make.ipynb #41068c76
 @app.command()

@@ -44,13 +44,18 @@ def shape_conditions(
     latents,             # LatentSet
     conditioner,         # Conditioner or None
     level:str='sentence',# of the captions
+    known=None,          # raw conditions instead: one per shape, or a dict of them by id
 )->list|None: # one raw condition per shape; None without conditioner
-    "The conditions that the latents' folder knows: labels for classes, captions for text. Raises InputError where it knows none."
+    "Conditions of shapes; unless they are given, what the latents' folder knows: labels for classes, captions for text. Raises InputError where there are none."
     if conditioner is None: return None
+    if isinstance(known, dict):
+        if lost := [i for i in latents.ids if i not in known]: raise InputError(f'{len(lost)} of {len(latents)} shapes without a condition, such as {lost[0]}; expected one for each id')
+        return [known[i] for i in latents.ids]
+    if known is not None: return list(known)
     if conditioner.kind == 'class': found, what = latents.labels, 'labels'
     elif conditioner.kind in ('text', 'bytes'): found, what = latents.captions.get(level, []), f'captions of level {level!r}'
     else: found, what = [], 'pictures'
-    if len(found) != len(latents): raise InputError(f'{len(latents)} latents with {len(found)} {what}; expected one each, or pass conditions=[…]')
+    if len(found) != len(latents): raise InputError(f'{len(latents)} latents with {len(found)} {what}; expected one each, or pass conditions={{id: condition}}')
     return list(found)
 
 # %% ../nbs/63_denoiser.ipynb #3b0b48c2
@@ -195,12 +200,13 @@ def valid_pairs(
     conditioner,   # or None
     level:str,     # of captions
     z_scale:float, # of the training set
+    known=None,    # conditions by id, else what their folder knows
     **extra,       # of the training set
 )->LatentPairs:
     "The validation set, under the training set's scale."
     latents = copy.copy(latents)
     latents.given = z_scale
-    return LatentPairs(latents, conditioner, shape_conditions(latents, conditioner, level))
+    return LatentPairs(latents, conditioner, shape_conditions(latents, conditioner, level, known))
 
 # %% ../nbs/63_denoiser.ipynb #eec7bb3f
 def train_denoiser(
@@ -208,7 +214,7 @@ def train_denoiser(
     conditioner,         # Conditioner or its settings; 'none'; None = the recipe's
     out,                 # folder of the run, and of the finished model
     recipe='tiny',       # name or dict
-    conditions=None,     # one raw condition per shape; default: labels or captions of the latents
+    conditions=None,     # one raw condition per shape, or a dict by id; default: labels or captions of the latents
     valid=None,          # LatentSet of held-out shapes
     vecset=None,         # their autoencoder: for pictures, and for a model that makes meshes
     level:str='sentence',# of captions
@@ -218,15 +224,16 @@ def train_denoiser(
     "Train a denoiser and write it as a model. Raises InputError, TrainingError."
     recipe = make_recipe(recipe, **changes)
     config = TrainConfig(**recipe['train'])
-    if conditions is None: latents = limit_shapes(latents, recipe['max_shapes'])
+    by_id = conditions if isinstance(conditions, dict) else None
+    if conditions is None or by_id: latents = limit_shapes(latents, recipe['max_shapes'])
     x_1 = latents.sample(0, 0)['x_1']
     model = make_denoiser(recipe, x_1.shape[1], conditioner, getattr(latents, 'labels', ()), config.seed)
     set_balance(model, model.dit.config.balance/config.accumulate)
-    conditions = conditions if conditions is not None else shape_conditions(latents, model.conditioner, level)
+    conditions = shape_conditions(latents, model.conditioner, level, conditions)
     pairs = LatentPairs(latents, model.conditioner, conditions, config.seed)
     settings = describe_model(model) | dict(p_uncond=recipe['p_uncond'], n_tokens=len(x_1), latents=describe_latents(latents))
     extra = dict(z_scale=settings['latents']['z_scale'], n_tokens=len(x_1))
-    if valid is not None: valid = valid_pairs(valid, model.conditioner, level, **extra)
+    if valid is not None: valid = valid_pairs(valid, model.conditioner, level, known=by_id, **extra)
     picture = picture_maker(vecset, **extra, conditions=conditions) if vecset is not None and config.sample_every else None
     result = train(model, partial(denoiser_loss, p_uncond=recipe['p_uncond']), pairs, config, out, valid, picture, recipe['groups'], extra, settings, resume, verbose)
     if result.finished and is_main(): export_model(out, vecset)

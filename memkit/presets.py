@@ -53,14 +53,14 @@ def _all_rows(name:str, p)->list[Preset]:
     "Every row of an experiment."
     base, n, s = base_preset(p), p.train_shapes, p.steps
     paper = p.data == 'prepared'
-    long = s if paper else 2*s
+    long, wide = s if paper else 2*s, dict(families=100) if paper else {} # the paper's pictures are of a hundred classes
     kinds, lengths, parts = ((16, 100), (768, 1024, 1280), (1/16, 1/8, 1/4, 1/2, 1)) if paper else ((2, 4, 8, 16), (8, 12, 16, 24), (1/4, 1/2, 1, 2, 4))
     sizes = ((512, 12), (1024, 12), (2048, 16)) if paper else ((8*max(1, round(base.hidden/16)), max(2, base.depth//4*2)), (base.hidden, base.depth), (8*max(1, round(base.hidden*1.5/8)), 2*round(.75*base.depth)))
     def row(label, x, **changes): return replace(base, row=label, x=x, **changes)
     return dict(
-        fig_modality=lambda: [row('image', 0, kind='picture'), row('shape', 1)],
+        fig_modality=lambda: [row('image', 0, kind='picture', **wide), row('shape', 1, **wide)],
         fig_diversity=lambda: [row(f'{k} families', k, families=k) for k in kinds],
-        fig_conditioning=lambda: [row('uncond' if c == 'none' else c, i, condition=c) for i, c in enumerate(CONDITIONS) if not (paper and c == 'image')],
+        fig_conditioning=lambda: [row('uncond' if c == 'none' else c, i, condition=c) for i, c in enumerate(CONDITIONS)],
         fig_guidance=lambda: [row(f'w = {w:g}', w, condition='sentence', guidance_scale=w) for w in (1., 1.5, 2., 3., 5., 8.)],
         fig_vecset_length=lambda: [row(f'{m} latents', m, n_latents=m) for m in lengths],
         fig_rotation=lambda: [row('no rotation', 1), *(row(f'yaw, {k} copies', k, copies=k) for k in (4, 8))],

@@ -6,10 +6,11 @@
 __all__ = ['POINTS', 'BLOCK', 'PIXELS', 'PAIRS', 'NOISE', 'train_autoencoder', 'released_autoencoder', 'describe_latents',
            'encode_shapes', 'shape_prompts', 'train_generator', 'launch_words', 'train_recipe', 'draw_latents',
            'distance_record', 'measure_latents', 'measure_generator', 'measure_control', 'train_picture_autoencoder',
-           'encode_renders', 'pixel_distances', 'measure_pictures', 'condition_bits']
+           'released_picture_autoencoder', 'smaller', 'encode_renders', 'pixel_distances', 'measure_pictures',
+           'condition_bits']
 
 # %% ../nbs/72_stages.ipynb #97097999
-import contextlib, json, math, shutil, subprocess, sys
+import contextlib, json, math, os, shutil, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -222,15 +223,20 @@ def train_recipe(
     condition:str,    # none, class, or a level of captions, which the latents carry
     steps:int, batch_size:int, checkpoints:list, seed:int, device:str, # as in `train_generator`
     text:str='text',  # kind of the conditioner for captions: 'text' is CLIP's, 'bytes' needs no weights
+    clip:str='',      # its weights, where they are not the released ones
 )->dict: # as `train_generator`
-    "A generator by a released recipe. Raises InputError for pictures as condition, RuntimeError when the training ends with an error."
+    "A generator by a released recipe; pictures as condition are those of the prepared folder. Raises InputError where there is none, RuntimeError when the training ends with an error."
     import torch
+    from memkit.latents import LatentSet
     from memkit.runs import read_metrics
-    if condition == 'image': raise InputError('condition image: latents carry no pictures; expected none, class or captions with a released recipe')
-    kind = condition if condition in ('none', 'class') else text
+    folder, captions = os.environ.get('MEMKIT_PREPARED'), list(LatentSet(latents/'latents', verify=False).captions)
+    if condition == 'image' and not folder: raise InputError('condition image: MEMKIT_PREPARED is not set; expected the prepared folder, for its pictures')
+    kind = condition if condition in ('none', 'class', 'image') else text
     loop = _saving(checkpoints, steps) | dict(steps=steps, batch_size=batch_size, seed=seed, tensorboard='false', valid_every=0, sample_every=0)
     words = [*launch_words(torch.cuda.device_count() if _device(device).startswith('cuda') else 0), 'train', 'denoiser', str(latents/'latents'), '--out', str(out/'run'), '--recipe', recipe, '--condition', kind]
-    if condition not in ('none', 'class'): words += ['--level', condition]
+    if kind == text: words += ['--level', condition if condition in captions or len(captions) != 1 else captions[0]] # a list with captions of one kind calls it as it likes
+    if kind == 'image': words += ['--pictures', folder]
+    if clip and kind in ('text', 'image'): words += ['--clip', clip]
     done = subprocess.run([*words, *(x for k, v in loop.items() for x in ('--set', f'{k}={v}'))])
     if done.returncode: raise RuntimeError(f'memkit train denoiser, recipe {recipe}: ended with code {done.returncode}; its output is above')
     return _keep_models(out, checkpoints, read_metrics(out/'run'), False)
@@ -387,41 +393,71 @@ def train_picture_autoencoder(
     vae.save_pretrained(out/'vae')
     return dict(loss=float(np.mean(losses[-10:])), error=round(float(error), 2), parameters=sum(p.numel() for p in vae.parameters()))
 
+def released_picture_autoencoder(
+    out:Path,   # folder of the step: `vae/`
+    source:str, # what `memkit.latents.load_vae` reads: folder, repository id
+)->dict: # parameters
+    "A released image autoencoder. Raises InputError saying what to download."
+    from memkit.latents import load_vae
+    vae = load_vae(source)
+    vae.save_pretrained(out/'vae')
+    return dict(parameters=sum(p.numel() for p in vae.parameters()), source=source)
+
+def smaller(
+    pictures:np.ndarray, # (n, h, h, 3) uint8
+    size:int=PIXELS,     # a side afterwards; divides h
+)->np.ndarray: # (n, size, size, 3) uint8
+    "Pictures shrunk by averaging. Raises InputError where the side is no multiple."
+    n, h, w, _ = pictures.shape
+    if h != w or h % size: raise InputError(f'pictures of {w} × {h} pixels: expected squares whose side is a multiple of {size}')
+    return pictures if h == size else np.rint(pictures.reshape(n, size, h//size, size, h//size, 3).mean((2, 4))).astype(np.uint8)
+
+def _painted(vae, latents)->np.ndarray: # (n, PIXELS, PIXELS, 3) uint8
+    "Latents as small pictures, a few at a time."
+    from memkit.latents import decode_pictures
+    return np.concatenate([smaller(decode_pictures(vae, latents[i:i + 64])) for i in progress(range(0, len(latents), 64), 'decoding', unit='batch')])
+
 def encode_renders(
-    out:Path, vae:Path, # folder of the step: `latents/`, `pictures.npz`; of `train_picture_autoencoder`
+    out:Path, vae:Path, # folder of the step: `latents/`, `pictures.npz`; of the image autoencoder
     which:str, n:int, families:int, # as in `take_shapes`
+    device:str='cpu', data:str='built-in', # or 'prepared', whose middle views are taken
 )->dict: # how many
     "Renders of a set of shapes as latents, and as the image autoencoder gives them back."
-    from memkit.latents import decode_pictures, encode_picture_set, load_vae
-    shapes = take_shapes(which, n, families)
+    import torch
+    from memkit.latents import encode_picture_set, load_vae
+    shapes = _shapes(which, n, families, data)
     with _one_thread():
-        model = load_vae(vae/'vae')
-        latents = encode_picture_set(model, [(f'{s.category}-{s.seed}', p) for s, p in zip(shapes, _renders(shapes))], out/'latents', n_views=1, labels=[s.category for s in shapes])
-        import torch
-        pictures = decode_pictures(model, torch.stack([latents.raw(i) for i in range(n)]))
+        model = load_vae(vae/'vae').to(_device(device))
+        if data == 'prepared': latents = encode_picture_set(model, list(zip(shapes.split.ids, shape_prompts('image', shapes))), out/'latents', labels=shapes.split.labels, captions=shapes.split.captions)
+        else: latents = encode_picture_set(model, [(f'{s.category}-{s.seed}', p) for s, p in zip(shapes, _renders(shapes))], out/'latents', n_views=1, labels=[s.category for s in shapes])
+        pictures = _painted(model, torch.stack([latents.raw(i) for i in range(n)]))
     with atomic_path(out/'pictures.npz') as tmp: np.savez_compressed(tmp, pictures=pictures)
     return dict(shapes=n)
 
 # %% ../nbs/72_stages.ipynb #5171abfb
 def pixel_distances(
     a, b, # (m, h, w, 3), (n, h, w, 3) uint8
+    rows:int=1024, # of b at once
 )->np.ndarray: # (m, n) grey levels, 0 to 255; root of the mean squared difference
-    "How unlike pictures are, pixel by pixel."
-    from scipy.spatial.distance import cdist
-    flat = lambda x: np.asarray(x).reshape(len(x), -1).astype(np.float64)
-    return cdist(flat(a), flat(b))/math.sqrt(np.prod(np.shape(a)[1:]))
+    "How unlike pictures are, pixel by pixel. Sums of products of grey levels stay below 2⁵³, so that the squared differences are exact."
+    A, b = np.asarray(a, np.float64).reshape(len(a), -1), np.asarray(b).reshape(len(b), -1)
+    out, squares = np.empty((len(A), len(b))), (A**2).sum(1)[:, None]
+    for i in range(0, len(b), rows):
+        B = b[i:i + rows].astype(np.float64)
+        out[:, i:i + rows] = np.sqrt((squares + (B**2).sum(1) - 2*A@B.T)/A.shape[1])
+    return out
 
 def measure_pictures(
     out:Path, generator:Path, vae:Path, train:Path, test:Path, # folders of the stages before
-    checkpoint:int, condition:str, m:int, families:int, seed:int, guidance_scale:float, n_steps:int, device:str, # as in `measure_generator`
+    checkpoint:int, condition:str, m:int, families:int, seed:int, guidance_scale:float, n_steps:int, device:str, data:str='built-in', # as in `measure_generator`
 )->dict: # as `measure_generator`
     "Draw pictures and compare them with those of the training shapes."
     import torch
     from memkit.fpd import kernel_distance
-    from memkit.latents import LatentSet, decode_pictures, load_vae
+    from memkit.latents import LatentSet, load_vae
     with _one_thread(), torch.inference_mode():
-        z = _saved(out/'drawn.safetensors', lambda: draw_latents(generator/f'model-{checkpoint}', condition, m, families, seed, guidance_scale, n_steps, device))
-        gen = decode_pictures(load_vae(vae/'vae'), z)
+        z = _saved(out/'drawn.safetensors', lambda: draw_latents(generator/f'model-{checkpoint}', condition, m, families, seed, guidance_scale, n_steps, device, data))
+        gen = _painted(load_vae(vae/'vae').to(device), z)
     sides = {k: np.load(f/'pictures.npz')['pictures'] for k, f in dict(train=train, test=test).items()}
     d = {k: pixel_distances(x, sides['train']) for k, x in dict(gen=gen, test=sides['test']).items()}
     order = np.argsort(d['gen'].min(1), kind='stable')
@@ -443,6 +479,6 @@ def condition_bits(
     from memkit.caption_report import information
     from memkit.core import sha256_of
     shapes = _shapes('fresh' if data == 'built-in' else 'train', n, 16, data)
-    told = [c for c in CONDITIONS if c != 'none' and not (c == 'image' and data != 'built-in')]
-    said = {c: [sha256_of(p.tobytes()) for p in _renders(shapes)] if c == 'image' else shape_prompts(c, shapes) for c in told}
+    prompts = {c: shape_prompts(c, shapes) for c in CONDITIONS if c != 'none'}
+    said = prompts | dict(image=[sha256_of(p if isinstance(p, Path) else p.tobytes()) for p in prompts['image']])
     return dict(bits=dict(none=0.) | {c: r['bits'] for c, r in information(said).items()}, most=round(math.log2(n), 2))

@@ -12,15 +12,19 @@ pytest.importorskip('igl')
 from typer.testing import CliRunner
 
 from memkit.cli import app
+from memkit import experiment
+from memkit.clip import tiny_clip
 from memkit.core import InputError, Profile, load_profile
-from memkit.experiment import autoencoder_step, preset_step, run_experiment
+from memkit.denoiser import RECIPES
+from memkit.experiment import VAE, autoencoder_step, preset_step, record_pairs, run_experiment
+from memkit.latents import FLUX_VAE, tiny_vae
 from memkit.paper import paper_needs, require
 from memkit.prepare import Recipe, prepare
-from memkit.presets import base_preset, experiment_rows, listed_shapes
+from memkit.presets import EXPERIMENTS, base_preset, experiment_rows, listed_shapes
 from memkit.shapes import shape_set
 from memkit.splits import write_split, Split
 from memkit.stages import shape_prompts
-from memkit.steps import all_steps, run_step
+from memkit.steps import all_steps, run_step, step_summary
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r'```bash\n(.*?)```', ''.join(''.join(c['source']) for c in json.loads((ROOT/'nbs'/'74_paper.ipynb').read_text(encoding='utf-8'))['cells']), re.S)
@@ -49,7 +53,7 @@ def test_array_names_the_experiments_of_the_profile():
 
 
 def test_what_is_missing_is_named_before_anything_runs(monkeypatch):
-    for k in ('MEMKIT_PREPARED', 'MEMKIT_LISTS', 'MEMKIT_AUTOENCODER'): monkeypatch.delenv(k, raising=False)
+    for k in ('MEMKIT_PREPARED', 'MEMKIT_LISTS', 'MEMKIT_AUTOENCODER', 'MEMKIT_VAE', 'MEMKIT_CLIP'): monkeypatch.delenv(k, raising=False)
     monkeypatch.setenv('HF_HUB_CACHE', '/nonexistent')
     with pytest.raises(InputError, match='MEMKIT_PREPARED is not set'): require(load_profile('paper'))
     shown = CliRunner().invoke(app, ['reproduce', '--profile', 'paper', '--dry-run', 'fig_guidance'])
@@ -64,7 +68,7 @@ def prepared(tmp_path, monkeypatch):
     "Built-in shapes as a prepared folder and as released lists would have them."
     shapes = shape_set(24, seed=5)
     from memkit.prepare import prepare
-    made = prepare(shapes, tmp_path/'prepared', Recipe(n_vol=64, n_near=64, n_surface=256, views=2, size=32), n_jobs=1)
+    made = prepare(shapes, tmp_path/'prepared', Recipe(n_vol=64, n_near=64, n_surface=256, views=2, size=64), n_jobs=1)
     ids = list(made.ids)
     at = {f'{s.category}-{s.seed}': s for s in shapes}
     for part, some in dict(train=ids[:16], test=ids[16:]).items():
@@ -72,6 +76,9 @@ def prepared(tmp_path, monkeypatch):
             path = tmp_path/'lists'/level/f'{part}.csv'
             path.parent.mkdir(parents=True, exist_ok=True)
             write_split(Split('x', tuple(some), tuple(at[i].category for i in some), {level: tuple(at[i].caption(level) for i in some)}), path)
+        (tmp_path/'lists'/'top100').mkdir(exist_ok=True)
+        rows = '\n'.join(f'{i},{at[i].category},a {at[i].category}' for i in some)
+        (tmp_path/'lists'/'top100'/f'{part}.csv').write_text(f'uid,lvis_category,cap3d_caption\n{rows}\n', encoding='utf-8')
     monkeypatch.setenv('MEMKIT_PREPARED', str(tmp_path/'prepared'))
     monkeypatch.setenv('MEMKIT_LISTS', str(tmp_path/'lists'))
     return tmp_path
@@ -85,12 +92,47 @@ def test_lists_are_cut_by_hash_and_share_nothing(prepared):
     with pytest.raises(InputError, match='16 of the 16 shapes .* expected at least 17'): listed_shapes('train', 17)
 
 
-def test_the_chain_runs_on_prepared_shapes(prepared, monkeypatch):
-    toy = Profile('toy', dict(load_profile('paper').values, device='cpu', train_shapes=4, n_test=4, n_gen=2, steps=2, batch_size=4, cells=12, draw_steps=2, n_latents=8, text='bytes', hidden=0))
+TOY = Profile('toy', dict(load_profile('paper').values, device='cpu', train_shapes=4, n_test=4, n_gen=2, steps=2, batch_size=4, cells=12, draw_steps=2, n_latents=8, text='bytes', hidden=0, bits_of=8))
+
+
+@pytest.fixture
+def released(prepared, monkeypatch):
+    "Small networks where the released ones would be."
     small = Profile('small', dict(load_profile('smoke').values, ae_shapes=6, ae_steps=12))
     monkeypatch.setenv('MEMKIT_AUTOENCODER', str(run_step(autoencoder_step(small))/'vecset'))
-    import memkit.experiment as experiment
+    tiny_vae(16, (16, 32, 32, 32)).save_pretrained(prepared/'vae')
+    monkeypatch.setenv('MEMKIT_VAE', str(prepared/'vae'))
+    monkeypatch.setenv('MEMKIT_CLIP', str(tiny_clip(prepared/'clip')))
     monkeypatch.setattr(experiment, '_recipe', lambda preset: 'tiny')
-    record = run_experiment(base_preset(toy), toy)
-    assert record['data'] == 'prepared' and record['n'] + len([]) <= 4 and record['preset']['condition'] == 'sentence'
-    assert any(s.function.endswith('train_recipe') for s in all_steps([preset_step(base_preset(toy), toy, 0)]))
+
+
+def test_the_chain_runs_on_prepared_shapes(released):
+    record = run_experiment(base_preset(TOY), TOY)
+    assert record['data'] == 'prepared' and record['n'] <= 4 and record['preset']['condition'] == 'sentence'
+    assert any(s.function.endswith('train_recipe') for s in all_steps([preset_step(base_preset(TOY), TOY, 0)]))
+
+
+def test_pictures_condition_and_are_learnt_from_prepared_shapes(released):
+    row, = [r for r in experiment_rows('fig_conditioning', TOY) if r.condition == 'image']
+    record = run_experiment(row, TOY)
+    assert record['preset']['condition'] == 'image' and record['protocol']['distance'] == 'lfd'
+    pictures, shapes = experiment_rows('fig_modality', TOY)
+    assert (pictures.families, shapes.families) == (100, 100)   # whose captions are of one kind
+    record = run_experiment(pictures, TOY)
+    assert record['protocol']['distance'] == 'pixels' and (record['m'], record['n'], record['n_train']) == (2, 4, 4)
+    gen, train, d = record_pairs(record)
+    assert gen[0].shape == train[0].shape == (64, 64, 3) and d == sorted(record['d_gen'])
+    assert run_experiment(shapes, TOY)['preset']['families'] == 100
+    bits = step_summary(run_and_return(experiment._bits_step(TOY)))['bits']
+    assert 0 < bits['class'] <= bits['image'] == 3
+
+
+def run_and_return(step):
+    run_step(step)
+    return step
+
+
+def test_where_the_networks_are_looked_for():
+    assert VAE == FLUX_VAE
+    assert {experiment._recipe(r) for n in EXPERIMENTS for r in experiment_rows(n, load_profile('paper'))} <= set(RECIPES)
+    assert experiment._recipe(experiment_rows('fig_modality', load_profile('paper'))[0]) == 'imagegen'
