@@ -12,7 +12,7 @@ __all__ = ['FORMAT', 'SCALE_OF', 'FLUX_VAE', 'PointSource', 'draw_points', 'poin
 import copy, json, re, warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +27,10 @@ from .core import InputError, atomic_path, make_rng, progress, sha256_of, write_
 from .mesh import find_meshes, load_mesh
 from .points import sample_surface
 from .prepare import Prepared, prepared_shapes, sample_frame, shape_samples
+from .runs import TrainConfig, load_checkpoint
 from .shapes import LEVELS, Shape
 from .splits import read_split
+from .train import train
 from .weights import Lazy, weights_hash
 
 # %% ../nbs/51_latents.ipynb #1aafc7e8
@@ -452,28 +454,33 @@ def decode_pictures(
     return (out*255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 # %% ../nbs/51_latents.ipynb #63766e13
+class _Pixels:
+    "Pictures as 03_train asks for them."
+    def __init__(self, pictures): self.x = _pixels(pictures, 'cpu')
+    def __len__(self): return len(self.x)
+    def sample(self, i, seed): return dict(x=self.x[i])
+
+def _picture_loss(vae, batch, kl):
+    "Absolute error of a batch, and a little of what keeps latents near a normal distribution."
+    posterior = vae.encode(batch['x']).latent_dist
+    noise = torch.stack([torch.randn(posterior.mean.shape[1:], generator=torch.Generator().manual_seed(int(s))) for s in batch['seed']])
+    return fn.l1_loss(vae.decode(posterior.mean + posterior.std*noise.to(posterior.mean)).sample, batch['x']) + kl*posterior.kl().mean()
+
 def train_tiny_vae(
     pictures:np.ndarray, # (n, h, w, 3) uint8; sides a multiple of 2 for each level but the first
+    out:str|Path,        # folder of the run; the same folder resumes
     steps:int=200,       # of AdamW
     batch_size:int=8, lr:float=3e-3, kl:float=1e-5, seed:int=0,
     **sizes,             # of `tiny_vae`
-)->tuple: # AutoencoderKL in evaluation mode, list of the loss at each step
+)->tuple: # AutoencoderKL in evaluation mode, TrainResult
     "Train a small image autoencoder on pictures. Raises InputError where they are not pictures."
-    vae, rng, losses = tiny_vae(seed=seed, **sizes).train(), make_rng(seed, 'tiny vae'), []
-    x, noise = _pixels(pictures, 'cpu'), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr, betas=(.9, .95), weight_decay=0.)
-    for step in progress(range(steps), 'training the image autoencoder', unit='step'):
-        batch = x[torch.from_numpy(rng.integers(len(x), size=batch_size))]
-        posterior = vae.encode(batch).latent_dist
-        z = posterior.mean + posterior.std*torch.randn(posterior.mean.shape, generator=noise)
-        loss = fn.l1_loss(vae.decode(z).sample, batch) + kl*posterior.kl().mean()
-        for group in optimizer.param_groups: group['lr'] = lr*min(1, (step + 1)/10, (steps - step)/(.3*steps))
-        optimizer.zero_grad(); loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.)
-        optimizer.step(); losses.append(loss.item())
+    vae, data = tiny_vae(seed=seed, **sizes).train(), _Pixels(pictures)
+    config = TrainConfig(steps=steps, batch_size=batch_size, lr=lr, warmup=10, betas=(.9, .95), weight_decay=0., seed=seed, save_every=max(1, min(250, steps//4)), valid_every=0, tensorboard=False)
+    result = train(vae, partial(_picture_loss, kl=kl), data, config, out, settings=dict(kl=kl, vae=sizes, pictures=sha256_of(np.ascontiguousarray(pictures).tobytes())), verbose=False)
+    vae.load_state_dict(load_checkpoint(out).weights)
     cells = encode_pictures(vae.eval(), pictures)
     vae.register_to_config(shift_factor=float(cells.mean()), scaling_factor=float(1/cells.std()))
-    return vae.requires_grad_(False), losses
+    return vae.requires_grad_(False), result
 
 # %% ../nbs/51_latents.ipynb #e06a7ecc
 def encode_picture_set(

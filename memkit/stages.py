@@ -28,6 +28,10 @@ def _one_thread():
     try: yield
     finally: torch.set_num_threads(before)
 
+def _finished(run): # TrainResult
+    "Raises KeyboardInterrupt for a training that was asked to stop: what it has is kept in its folder, and the step is not done."
+    if not run.finished: raise KeyboardInterrupt(f'stopped after step {run.step}')
+
 def _device(name:str)->str:
     "A device that is there. Raises InputError where it is not."
     import torch
@@ -50,6 +54,7 @@ def train_autoencoder(
     with _one_thread():
         samples = ShapeSamples(take_shapes('autoencoder', shapes), **_tiny_data(), pool=pool)
         vecset, run = train_vecset(samples, out/'run', verbose=False, steps=steps, seed=seed, sample_every=0, tensorboard=False, save_every=max(1, min(250, steps//4)))
+        _finished(run)
         _device(device)
         iou = {k: reconstruction_iou(vecset, ShapeSamples(take_shapes(k, judged), **_tiny_data(), pool=pool), n=20_000) for k in ('train', 'test')}
         iou['own'] = reconstruction_iou(vecset, samples, which=range(min(judged, len(samples))), n=20_000)
@@ -191,6 +196,7 @@ def train_generator(
     with _one_thread():
         run = train_denoiser(LatentSet(latents/'latents'), _conditioner(condition, out), out/'run', 'copying', conditions=shape_prompts(condition, take_shapes(which, n, families)), verbose=False,
             dit=dict(hidden_size=hidden, depth=depth), train=_saving(checkpoints, steps) | dict(steps=steps, batch_size=batch_size, seed=seed, sample_every=0, tensorboard=False))
+        _finished(run)
         return _keep_models(out, checkpoints, run.history, condition == 'image')
 
 def _saving(checkpoints:list, steps:int)->dict:
@@ -386,12 +392,14 @@ def train_picture_autoencoder(
     side = math.isqrt(n_latents)
     if side*side != n_latents or PIXELS % side: raise InputError(f'{n_latents} tokens: expected a square that divides {PIXELS} pixels')
     with _one_thread():
-        vae, losses = train_tiny_vae(_renders(take_shapes('autoencoder', shapes)), steps, 16, seed=seed, channels=16, widths=(16, *(32,)*int(math.log2(PIXELS//side))))
+        vae, run = train_tiny_vae(_renders(take_shapes('autoencoder', shapes)), out/'run', steps, 16, seed=seed, channels=16, widths=(16, *(32,)*int(math.log2(PIXELS//side))))
+        _finished(run)
         held = _renders(take_shapes('test', 16))
         error = np.abs(decode_pictures(vae, encode_pictures(vae, held)).astype(float) - held).mean()
-    write_json(out/'curve.json', losses)
+    write_json(out/'curve.json', run.history)
     vae.save_pretrained(out/'vae')
-    return dict(loss=float(np.mean(losses[-10:])), error=round(float(error), 2), parameters=sum(p.numel() for p in vae.parameters()))
+    shutil.rmtree(out/'run')
+    return dict(loss=round(run.history[-1]['loss'], 4), error=round(float(error), 2), parameters=sum(p.numel() for p in vae.parameters()))
 
 def released_picture_autoencoder(
     out:Path,   # folder of the step: `vae/`

@@ -1,4 +1,5 @@
 """Experiments: planted truth at the level of records, and runs that are killed."""
+import importlib
 import json
 import os
 import random
@@ -19,9 +20,10 @@ from memkit.experiment import experiment_records, notebook_steps, preset_step, r
 from memkit.lfd import lfd_descriptor
 from memkit.presets import EXPERIMENTS, base_preset, experiment_rows
 from memkit.retrieval import nearest
+from memkit.runs import newest_checkpoint
 from memkit.shapes import replicate, shape_set
 from memkit.stages import distance_record
-from memkit.steps import all_steps, run_step, step_summary
+from memkit.steps import Step, all_steps, run_step, step_done, step_summary
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = dict(load_profile('smoke').values, train_shapes=4, n_test=4, n_gen=3, steps=8, batch_size=4, hidden=16, ae_shapes=6, ae_steps=12, cells=12, draw_steps=3, rows=2, bits_of=16)
@@ -116,3 +118,26 @@ def test_killed_and_run_again_equals_an_uninterrupted_run(tmp_path):
     for _ in range(4):
         if told(tmp_path/'killed', kill=took*rng.uniform(.3, .9)) is not None: break
     assert told(tmp_path/'killed') == whole
+
+
+@pytest.mark.parametrize('name, params, source', [
+    ('train_autoencoder', dict(shapes=6, steps=12, seed=0, device='cpu', judged=1), 'memkit.autoencoder.ShapeSamples'),
+    ('train_picture_autoencoder', dict(shapes=6, steps=12, n_latents=16, seed=0), 'memkit.latents._Pixels')])
+def test_a_training_that_is_asked_to_stop_is_not_taken_for_finished(tmp_path, monkeypatch, name, params, source):
+    "SIGTERM ends a training with a checkpoint; the step that ran it must not go on with half-trained weights."
+    step, calls = Step(f'memkit.stages:{name}', params), []
+    module, _, kind = source.rpartition('.')
+    kind = getattr(importlib.import_module(module), kind)
+    def sample(self, i, seed, real=kind.sample):
+        calls.append(i)
+        if len(calls) == 100: os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, i, seed)
+    with monkeypatch.context() as m:
+        m.setenv('MEMKIT_HOME', str(tmp_path/'stopped'))
+        m.setattr(kind, 'sample', sample)
+        with pytest.raises(KeyboardInterrupt, match='stopped after step'): run_step(step)
+        part = step.folder.with_name(f'{step.folder.name}.part')
+        assert not step_done(step) and newest_checkpoint(part/'run') and '12' not in newest_checkpoint(part/'run').name
+        curve = json.loads((run_step(step)/'curve.json').read_text())
+    monkeypatch.setenv('MEMKIT_HOME', str(tmp_path/'whole'))
+    assert [r['loss'] for r in json.loads((run_step(step)/'curve.json').read_text())] == [r['loss'] for r in curve]

@@ -189,9 +189,10 @@ def test_a_tiny_vae_learns_and_is_the_same_again(tmp_path):
     rows = np.arange(16)
     pictures = np.stack([np.where(((rows[:, None] - a)**2 + (rows - b)**2 < 20)[..., None], [40, 90, 200], 255) for a in range(4, 12) for b in range(4, 12)]).astype(np.uint8)
     state = torch.random.get_rng_state()
-    vae, losses = train_tiny_vae(pictures, steps=40, widths=(8, 16))
-    again, same = train_tiny_vae(pictures, steps=40, widths=(8, 16))
-    assert losses == same and encoder_record(vae) == encoder_record(again) and torch.equal(state, torch.random.get_rng_state())
+    vae, run = train_tiny_vae(pictures, tmp_path/'run', steps=40, widths=(8, 16))
+    again, same = train_tiny_vae(pictures, tmp_path/'same', steps=40, widths=(8, 16))
+    losses = run.curve()[:, 1].tolist()
+    assert losses == same.curve()[:, 1].tolist() and encoder_record(vae) == encoder_record(again) and torch.equal(state, torch.random.get_rng_state())
     assert losses[-1] < .35*losses[0]
     out = decode_pictures(vae, encode_pictures(vae, pictures))
     assert np.abs(out/255. - pictures/255).mean() < .5*np.abs(pictures/255 - pictures.mean(0)/255).mean()
