@@ -374,7 +374,7 @@ def run(
     if self.main:
         self.out.mkdir(parents=True, exist_ok=True)
         write_json(self.out/'config.json', self.merged | dict(provenance=provenance(device=self.accelerator.device.type, processes=self.world)))
-        if verbose: print(*(f'{k}: {json.dumps(v, ensure_ascii=False)}' for k, v in self.merged.items()), f'start: step {self.step}', sep='\n')
+        if verbose: print(*(f'{k}: {json.dumps(v, ensure_ascii=False)}' for k, v in self.merged.items()), f'begins after step {self.step}', sep='\n')
     self.accelerator.wait_for_everyone()
     metrics = Metrics(self.out, self.step, self.config.tensorboard) if self.main else None
     try:
