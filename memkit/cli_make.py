@@ -158,6 +158,7 @@ def denoiser(
     kind, told = condition or (run.make_recipe(recipe)['condition'] or {}).get('kind', 'none'), None
     if clip: condition = dict(kind=kind, source=clip)
     if pictures and kind != 'image': raise InputError(f'--pictures: the condition is {kind}; expected --condition image, or a recipe that has it')
+    if kind == 'image' and not pictures: raise InputError('condition image: expected --pictures FOLDER, made by memkit data prepare')
     if pictures:
         known = part_of_memkit('prepare').prepared_shapes(pictures)
         told = {i: known.path(i, 'sprite') for i in known.ids}

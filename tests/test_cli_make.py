@@ -183,3 +183,24 @@ def test_from_nothing_to_a_mesh(tmp_path, capsys, torch):
         code, out, err = run(*args, capsys=capsys)
         assert code == 2 and message in err and len(err.strip().splitlines()) == 1, (args, err)
     assert not (tmp_path/'no').exists()
+
+
+def test_pictures_of_prepared_shapes_are_a_condition(tmp_path, capsys, torch):
+    pytest.importorskip('igl')
+    from memkit.clip import tiny_clip
+    clip, quiet = tiny_clip(tmp_path/'clip'), [x for w in ('steps=4', 'batch_size=4', 'train.tensorboard=false', 'train.sample_every=0', 'train.valid_every=2', 'dit.hidden_size=32', 'dit.depth=2', 'dit.num_moe_layers=0') for x in ('--set', w)]
+    prepared = ['--n-vol', 64, '--n-near', 64, '--n-surface', 256, '--views', 3, '--size', 32, '--jobs', 1]
+    train = ['train', 'denoiser', tmp_path/'z', '--vecset', tmp_path/'ae', '--condition', 'image', '--clip', clip]
+    for args in (['data', 'prepare', '--shapes', 6, '--out', tmp_path/'p', *prepared],
+                 ['train', 'autoencoder', 'builtin:4:mug,vase', '--out', tmp_path/'ae', *(x for w in ('steps=4', 'batch_size=4', 'sizes.dim=32', 'sizes.depth=1', 'sizes.num_latents=8', 'tensorboard=false') for x in ('--set', w))],
+                 ['encode', tmp_path/'p', '--vecset', tmp_path/'ae', '--out', tmp_path/'z', '--device', 'cpu'],
+                 [*train, '--out', tmp_path/'gen', '--pictures', tmp_path/'p', '--valid', tmp_path/'z', *quiet]):
+        code, out, err = run(*args, capsys=capsys)
+        assert code == 0, err
+    sprite = next((tmp_path/'p'/'sprites').iterdir())
+    assert run('generate', '--model', tmp_path/'gen', '--image', sprite, '--out', tmp_path/'s', '--output_type', 'latents', *QUICK)[0] == 0
+    for args, message in ((train, 'expected --pictures FOLDER'), ([*train, '--pictures', tmp_path/'z'], 'z: not a prepared folder'),
+                          (['train', 'denoiser', tmp_path/'z', '--condition', 'class', '--pictures', tmp_path/'p'], '--pictures: the condition is class')):
+        code, out, err = run(*args, '--out', tmp_path/'no', capsys=capsys)
+        assert code == 2 and message in err and len(err.strip().splitlines()) == 1, (args, err)
+    assert not (tmp_path/'no').exists()
