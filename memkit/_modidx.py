@@ -1434,6 +1434,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'memkit.stages._quality': ('stages.html#_quality', 'memkit/stages.py'),
                                'memkit.stages._read_descriptors': ('stages.html#_read_descriptors', 'memkit/stages.py'),
                                'memkit.stages._renders': ('stages.html#_renders', 'memkit/stages.py'),
+                               'memkit.stages._run_command': ('stages.html#_run_command', 'memkit/stages.py'),
                                'memkit.stages._saved': ('stages.html#_saved', 'memkit/stages.py'),
                                'memkit.stages._saving': ('stages.html#_saving', 'memkit/stages.py'),
                                'memkit.stages._shapes': ('stages.html#_shapes', 'memkit/stages.py'),

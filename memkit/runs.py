@@ -40,7 +40,8 @@ class TrainConfig:
     ema:float = 0.             # decay of the averaged weights; 0 for none, as in the paper
     seed:int = 0
     save_every:int = 5000      # steps between checkpoints; the last step is always saved
-    keep_last:int = 2          # checkpoints kept
+    keep_last:int = 2          # checkpoints kept, the newest
+    keep:tuple = ()            # steps whose checkpoints are written and kept besides
     valid_every:int = 5000     # 0 for never
     valid_batches:int = 4      # global batches per validation
     sample_every:int = 0       # steps between pictures; 0 for never
@@ -55,7 +56,8 @@ def check_config(
     config, # TrainConfig
 )->None:
     "Refuse values that cannot work. Raises InputError naming the field."
-    config.betas = tuple(config.betas)
+    config.betas, config.keep = tuple(config.betas), tuple(config.keep)
+    if any(not isinstance(k, int) or k < 1 for k in config.keep): raise InputError(f'keep={config.keep!r}: expected numbers of steps, of at least 1')
     positive = 'batch_size accumulate lr save_every keep_last log_every'.split()
     natural = 'steps warmup clip ema weight_decay seed valid_every valid_batches sample_every loader_workers'.split()
     for name in positive + natural:
@@ -69,7 +71,7 @@ def check_config(
         raise InputError(f'batch_size={config.batch_size} is not a multiple of accumulate={config.accumulate}')
 
 # %% ../nbs/01_runs.ipynb #07c61f46
-FREE_TO_CHANGE = ('accumulate', 'save_every', 'keep_last', 'valid_every', 'valid_batches', 'sample_every', 'log_every', 'compile', 'loader_workers', 'tensorboard')
+FREE_TO_CHANGE = ('accumulate', 'save_every', 'keep_last', 'keep', 'valid_every', 'valid_batches', 'sample_every', 'log_every', 'compile', 'loader_workers', 'tensorboard')
 
 # %% ../nbs/01_runs.ipynb #024b448f
 def check_same(
@@ -266,11 +268,12 @@ def load_checkpoint(
 def prune_checkpoints(
     out:str|Path, # the run's folder
     keep:int,     # newest ones to keep, at least 1
+    always=(),    # steps whose checkpoints stay
 )->list[str]: # names of the removed
-    "Remove all but the newest `keep` checkpoints, and what a killed process left half written."
+    "Remove all but the newest `keep` checkpoints and those that stay, and what a killed process left half written."
     folder = Path(out)/'checkpoints'
     for rest in [*folder.glob('.step_*.tmp'), *folder.glob('.step_*.old')]: shutil.rmtree(rest, ignore_errors=True)
-    old = checkpoints(out)[:-keep]
+    old = [p for p in checkpoints(out)[:-keep] if int(p.name.removeprefix('step_')) not in always]
     for path in old:
         aside = path.with_name(f'.{path.name}.old')
         os.replace(path, aside)

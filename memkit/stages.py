@@ -10,7 +10,7 @@ __all__ = ['POINTS', 'BLOCK', 'PIXELS', 'PAIRS', 'NOISE', 'train_autoencoder', '
            'condition_bits']
 
 # %% ../nbs/72_stages.ipynb #97097999
-import contextlib, json, math, os, shutil, subprocess, sys
+import contextlib, json, math, os, shutil, signal, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -201,8 +201,7 @@ def train_generator(
 
 def _saving(checkpoints:list, steps:int)->dict:
     "Settings of the loop that keep what is asked for."
-    every = math.gcd(*checkpoints) if len(checkpoints) > 1 else max(1, steps//4)
-    return dict(save_every=every, keep_last=max(2, steps//every) if len(checkpoints) > 1 else 2)
+    return dict(save_every=max(1, min(5000, steps//4)), keep=list(checkpoints))
 
 def _keep_models(out:Path, checkpoints:list, history:list, whole:bool)->dict:
     "Checkpoints become models, the run is removed; its loss, parameters and settings are returned."
@@ -234,7 +233,7 @@ def train_recipe(
     "A generator by a released recipe; pictures as condition are those of the prepared folder. Raises InputError where there is none, RuntimeError when the training ends with an error."
     import torch
     from memkit.latents import LatentSet
-    from memkit.runs import read_metrics
+    from memkit.runs import load_checkpoint, read_metrics
     folder, captions = os.environ.get('MEMKIT_PREPARED'), list(LatentSet(latents/'latents', verify=False).captions)
     if condition == 'image' and not folder: raise InputError('condition image: MEMKIT_PREPARED is not set; expected the prepared folder, for its pictures')
     kind = condition if condition in ('none', 'class', 'image') else text
@@ -243,9 +242,16 @@ def train_recipe(
     if kind == text: words += ['--level', condition if condition in captions or len(captions) != 1 else captions[0]] # a list with captions of one kind calls it as it likes
     if kind == 'image': words += ['--pictures', folder]
     if clip and kind in ('text', 'image'): words += ['--clip', clip]
-    done = subprocess.run([*words, *(x for k, v in loop.items() for x in ('--set', f'{k}={v}'))])
-    if done.returncode: raise RuntimeError(f'memkit train denoiser, recipe {recipe}: ended with code {done.returncode}; its output is above')
+    if code := _run_command([*words, *(x for k, v in loop.items() for x in ('--set', f'{k}={v}'))]): raise RuntimeError(f'memkit train denoiser, recipe {recipe}: ended with code {code}; its output is above')
+    if (step := load_checkpoint(out/'run').step) < steps: raise KeyboardInterrupt(f'stopped after step {step}')
     return _keep_models(out, checkpoints, read_metrics(out/'run'), False)
+
+def _run_command(words:list)->int: # exit code
+    "Run a command in the main thread; SIGTERM is passed on to it, so that a training saves what it has."
+    process = subprocess.Popen(words)
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try: return process.wait()
+    finally: signal.signal(signal.SIGTERM, before)
 
 # %% ../nbs/72_stages.ipynb #06d70642
 def draw_latents(

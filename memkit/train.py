@@ -219,7 +219,7 @@ def save(
         state = dict(config=self.merged, position=self.step*self.config.batch_size, pending=self.pending)
         weights = dict(model=model) | (dict(ema=ema) if ema else {})
         self.checkpoint = save_checkpoint(self.out, self.step, weights, dict(optimizer=optimizer, rng=rng), self.extra, state)
-        prune_checkpoints(self.out, self.config.keep_last)
+        prune_checkpoints(self.out, self.config.keep_last, self.config.keep)
     else: self.checkpoint = self.out/'checkpoints'/f'step_{self.step:07d}'
     self.accelerator.wait_for_everyone()
 
@@ -321,7 +321,7 @@ def loop(
             record = self.advance(batches)
             self.report(record, metrics, started)
             bar.update(); bar.set_postfix_str(f"loss {record['loss']:.4f}", refresh=False)
-            if self.step % c.save_every == 0 or self.step == c.steps or self.stop: self.save()
+            if self.step % c.save_every == 0 or self.step in (c.steps, *c.keep) or self.stop: self.save()
 
 # %% ../nbs/03_train.ipynb #9fc029d4
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 import json
 import re
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,18 +14,21 @@ from typer.testing import CliRunner
 
 from memkit.cli import app
 from memkit import experiment
+from memkit.autoencoder import train_vecset
 from memkit.clip import tiny_clip
 from memkit.core import InputError, Profile, load_profile
 from memkit.denoiser import RECIPES
-from memkit.experiment import VAE, autoencoder_step, preset_step, record_pairs, run_experiment
+from memkit.experiment import VAE, preset_step, record_pairs, run_experiment
+from memkit.isolated import run_isolated
 from memkit.latents import FLUX_VAE, tiny_vae
 from memkit.paper import paper_needs, require
 from memkit.prepare import Recipe, prepare
-from memkit.presets import EXPERIMENTS, base_preset, experiment_rows, listed_shapes
+from memkit.presets import EXPERIMENTS, base_preset, experiment_rows, listed_shapes, take_shapes
+from memkit.runs import load_checkpoint
 from memkit.shapes import shape_set
 from memkit.splits import write_split, Split
-from memkit.stages import shape_prompts
-from memkit.steps import all_steps, run_step, step_summary
+from memkit.stages import POINTS, shape_prompts
+from memkit.steps import all_steps, run_step, step_done, step_summary
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r'```bash\n(.*?)```', ''.join(''.join(c['source']) for c in json.loads((ROOT/'nbs'/'74_paper.ipynb').read_text(encoding='utf-8'))['cells']), re.S)
@@ -63,25 +67,30 @@ def test_what_is_missing_is_named_before_anything_runs(monkeypatch):
         reproduce(['fig_guidance'], 'paper')
 
 
-@pytest.fixture
-def prepared(tmp_path, monkeypatch):
-    "Built-in shapes as a prepared folder and as released lists would have them."
-    shapes = shape_set(24, seed=5)
-    from memkit.prepare import prepare
-    made = prepare(shapes, tmp_path/'prepared', Recipe(n_vol=64, n_near=64, n_surface=256, views=2, size=64), n_jobs=1)
-    ids = list(made.ids)
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    "Built-in shapes as a prepared folder and as released lists would have them; small networks where the released ones would be."
+    root, shapes = tmp_path_factory.mktemp('paper'), shape_set(24, seed=5)
+    ids = list(prepare(shapes, root/'prepared', Recipe(n_vol=64, n_near=64, n_surface=256, views=2, size=64), n_jobs=1).ids)
     at = {f'{s.category}-{s.seed}': s for s in shapes}
     for part, some in dict(train=ids[:16], test=ids[16:]).items():
         for level in ('phrase', 'sentence', 'paragraph'):
-            path = tmp_path/'lists'/level/f'{part}.csv'
+            path = root/'lists'/level/f'{part}.csv'
             path.parent.mkdir(parents=True, exist_ok=True)
             write_split(Split('x', tuple(some), tuple(at[i].category for i in some), {level: tuple(at[i].caption(level) for i in some)}), path)
-        (tmp_path/'lists'/'top100').mkdir(exist_ok=True)
+        (root/'lists'/'top100').mkdir(exist_ok=True)
         rows = '\n'.join(f'{i},{at[i].category},a {at[i].category}' for i in some)
-        (tmp_path/'lists'/'top100'/f'{part}.csv').write_text(f'uid,lvis_category,cap3d_caption\n{rows}\n', encoding='utf-8')
-    monkeypatch.setenv('MEMKIT_PREPARED', str(tmp_path/'prepared'))
-    monkeypatch.setenv('MEMKIT_LISTS', str(tmp_path/'lists'))
-    return tmp_path
+        (root/'lists'/'top100'/f'{part}.csv').write_text(f'uid,lvis_category,cap3d_caption\n{rows}\n', encoding='utf-8')
+    train_vecset(take_shapes('autoencoder', 6), root/'run', verbose=False, steps=12, sample_every=0, tensorboard=False, data=dict(n_points=POINTS))
+    tiny_vae(16, (16, 32, 32, 32)).save_pretrained(root/'vae')
+    tiny_clip(root/'clip')
+    return root
+
+
+@pytest.fixture
+def prepared(folder, monkeypatch):
+    monkeypatch.setenv('MEMKIT_PREPARED', str(folder/'prepared'))
+    monkeypatch.setenv('MEMKIT_LISTS', str(folder/'lists'))
 
 
 def test_lists_are_cut_by_hash_and_share_nothing(prepared):
@@ -96,13 +105,8 @@ TOY = Profile('toy', dict(load_profile('paper').values, device='cpu', train_shap
 
 
 @pytest.fixture
-def released(prepared, monkeypatch):
-    "Small networks where the released ones would be."
-    small = Profile('small', dict(load_profile('smoke').values, ae_shapes=6, ae_steps=12))
-    monkeypatch.setenv('MEMKIT_AUTOENCODER', str(run_step(autoencoder_step(small))/'vecset'))
-    tiny_vae(16, (16, 32, 32, 32)).save_pretrained(prepared/'vae')
-    monkeypatch.setenv('MEMKIT_VAE', str(prepared/'vae'))
-    monkeypatch.setenv('MEMKIT_CLIP', str(tiny_clip(prepared/'clip')))
+def released(folder, prepared, monkeypatch):
+    for name, where in dict(AUTOENCODER='run/vecset', VAE='vae', CLIP='clip').items(): monkeypatch.setenv(f'MEMKIT_{name}', str(folder/where))
     monkeypatch.setattr(experiment, '_recipe', lambda preset: 'tiny')
 
 
@@ -136,3 +140,15 @@ def test_where_the_networks_are_looked_for():
     assert VAE == FLUX_VAE
     assert {experiment._recipe(r) for n in EXPERIMENTS for r in experiment_rows(n, load_profile('paper'))} <= set(RECIPES)
     assert experiment._recipe(experiment_rows('fig_modality', load_profile('paper'))[0]) == 'imagegen'
+
+
+def test_a_recipe_that_is_asked_to_stop_saves_what_it_has(released):
+    "The end of a cluster's job is announced by SIGTERM, to the step; the training is a process below it."
+    long = Profile('long', dict(TOY.values, steps=100_000))
+    step = experiment.generator_step(base_preset(long), long, 0)
+    for s in step.inputs.values(): run_step(s)
+    stop, run = threading.Event(), step.folder.with_name(f'{step.folder.name}.part')/'run'
+    def tick():
+        if (run/'metrics.jsonl').is_file() and (run/'metrics.jsonl').stat().st_size: stop.set()
+    assert run_isolated(step, stop=stop, tick=tick) == 'stopped'
+    assert not step_done(step) and 10 <= load_checkpoint(run).step < 5000
