@@ -41,7 +41,7 @@ readme: $(READY) ## nbs/index.ipynb -> README.md
 	$(BIN)/python -c "from memkit.report import write_readme; write_readme()"
 
 bench: $(READY) ## measure; results are appended to benchmarks/results.jsonl
-	for script in $(filter-out benchmarks/bench_lfd_batch.py,$(wildcard benchmarks/bench_*.py)); do $(BIN)/python $$script || exit 1; done
+	for script in $(filter-out benchmarks/bench_lfd_batch.py benchmarks/bench_kills.py,$(wildcard benchmarks/bench_*.py)); do $(BIN)/python $$script || exit 1; done
 
 gpu-bench: $(READY) ## the rows of the benchmarks that need a CUDA GPU
 	$(BIN)/python benchmarks/bench_retrieval.py --device cuda --max-gb 4
