@@ -10,7 +10,7 @@ __all__ = ['POINTS', 'BLOCK', 'PIXELS', 'PAIRS', 'NOISE', 'train_autoencoder', '
            'condition_bits']
 
 # %% ../nbs/72_stages.ipynb #97097999
-import contextlib, json, math, os, shutil, signal, subprocess, sys
+import contextlib, json, math, os, shutil, signal, subprocess, sys, threading
 from pathlib import Path
 
 import numpy as np
@@ -247,11 +247,12 @@ def train_recipe(
     return _keep_models(out, checkpoints, read_metrics(out/'run'), False)
 
 def _run_command(words:list)->int: # exit code
-    "Run a command in the main thread; SIGTERM is passed on to it, so that a training saves what it has."
-    process = subprocess.Popen(words)
-    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    "Run a command; SIGTERM to the main thread is passed on to it, so that a training saves what it has."
+    process, main = subprocess.Popen(words), threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate()) if main else None
     try: return process.wait()
-    finally: signal.signal(signal.SIGTERM, before)
+    finally:
+        if main: signal.signal(signal.SIGTERM, before)
 
 # %% ../nbs/72_stages.ipynb #06d70642
 def draw_latents(
